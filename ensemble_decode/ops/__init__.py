@@ -1,0 +1,1 @@
+"""Operators: one file each, with its docstring, schema, fake and dispatch; `reference` defines them all."""
