@@ -1,0 +1,165 @@
+"""Plain data between the scheduler and the runner: one step's work, and what came of it.
+
+The scheduler fills a :class:`Batch` from requests and never sees a tensor; the runner turns it into tensors and
+never sees a request.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+#: Tokens per KV block, in every pool.
+BLOCK_SIZE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class PairLayout:
+    """Where a pair's logits come from: the pool and the view of each side.
+
+    ``anti_expert_pool`` is None when the pair has no anti-expert: its z⁻ is then the target's own z.
+    """
+
+    name: str
+    alpha: float
+    expert_pool: int
+    anti_expert_pool: int | None
+    expert_view: int = 0
+    anti_expert_view: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What the engine must know of an ensemble to plan its work.
+
+    A *pool* is a KV cache for one (weights, adapter); a *view* is a token sequence: view 0 is the request's own
+    tokens, the others are prompts of a pair's own, followed by the same generated tokens. ``views[i]`` is the prompt
+    template of view i ("{prompt}" stands for the request's prompt), and None for view 0.
+    """
+
+    vocab_size: int
+    max_model_len: int
+    target_pool: int
+    num_pools: int
+    pairs: tuple[PairLayout, ...]
+    views: tuple[str | None, ...] = (None,)
+
+    def pools_of(self, pairs: tuple[int, ...], view: int) -> tuple[int, ...]:
+        """Pools that must compute the tokens of ``view`` when ``pairs`` (indices) steer, in ascending order."""
+        pools = {self.target_pool} if view == 0 else set()
+        for index in pairs:
+            pair = self.pairs[index]
+            if pair.expert_view == view:
+                pools.add(pair.expert_pool)
+            if pair.anti_expert_pool is not None and pair.anti_expert_view == view:
+                pools.add(pair.anti_expert_pool)
+        return tuple(sorted(pools))
+
+
+@dataclass(slots=True)
+class Span:
+    """Consecutive new tokens of one view of one sequence, computed in one step by each of ``pools``.
+
+    ``block_table`` covers at least positions 0 … start + len(tokens) − 1. The last ``outputs`` tokens need logits.
+    """
+
+    tokens: list[int]
+    start: int
+    block_table: list[int]
+    pools: tuple[int, ...]
+    outputs: int = 0
+
+
+@dataclass(slots=True)
+class Steering:
+    """One pair at work on one row: its index in ``Layout.pairs``, α ≠ 0, and the spans its two sides come from."""
+
+    pair: int
+    alpha: float
+    expert_span: int
+    anti_expert_span: int
+
+
+@dataclass(slots=True)
+class Edits:
+    """Changes to the combined scores of one row, in vLLM's order: logit bias, bans, then penalties.
+
+    ``seen`` holds the distinct tokens of prompt and output (repetition penalty), ``counts`` how often each output
+    token occurred (presence and frequency penalties), ``banned`` the tokens that may not be sampled (``min_tokens``).
+    """
+
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seen: list[int] = field(default_factory=list)
+    counts: dict[int, int] = field(default_factory=dict)
+    bias: dict[int, float] = field(default_factory=dict)
+    banned: tuple[int, ...] = ()
+
+
+@dataclass(slots=True)
+class SampleRow:
+    """One token to sample, from the last output of span ``span`` (view 0 of its sequence)."""
+
+    span: int
+    steering: tuple[Steering, ...]
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    nucleus: Literal["combined", "target"]
+    seed: int
+    position: int
+    logprobs: int = -1  # -1: none; k ≥ 0: the sampled token's and the k best
+    edits: Edits | None = None
+
+
+@dataclass(slots=True)
+class ScoreRow:
+    """Log-probabilities of given ``tokens`` at the outputs of span ``span``: token i at output i."""
+
+    span: int
+    steering: tuple[Steering, ...]
+    tokens: list[int]
+    logprobs: int = 0  # how many of the best tokens to list at each position
+
+
+@dataclass(slots=True)
+class Batch:
+    """One step: block copies first, then every span, then the rows."""
+
+    spans: list[Span]
+    samples: list[SampleRow]
+    scores: list[ScoreRow] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)  # (source block, destination block), in every pool
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(span.tokens) for span in self.spans)
+
+
+@dataclass(slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one position, natural logarithm: of one token, and of the best.
+
+    ``logprob`` is under the ensemble, ``target_logprob`` under the target alone; ``top`` lists
+    (token, logprob, target_logprob, rank) of the best tokens under the ensemble, rank from 1.
+    """
+
+    token: int
+    logprob: float
+    target_logprob: float
+    rank: int
+    top: list[tuple[int, float, float, int]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class StepOutput:
+    """``tokens[i]`` answers ``samples[i]``; −1 where the row had no valid sample (NaN, +inf, or all masked).
+
+    ``logprobs[i]`` is None where row i asked for none. ``scores[i]`` answers ``scores[i]``, one entry per token.
+    """
+
+    tokens: list[int]
+    logprobs: list[TokenLogprobs | None]
+    scores: list[list[TokenLogprobs]] = field(default_factory=list)
