@@ -1,0 +1,246 @@
+"""transformers' modules made fast in place: packed and merged linears, fused norms, whole fused layers.
+
+The modelling code stays transformers' own; what is replaced are leaves (``nn.Linear``, RMS norms) for every family, and the
+decoder layer as a whole for the families that share Llama's (one operator for the layer: nothing of Python between
+its parts). Whatever is replaced is compared with the original at load (see ``loading`` and ``group``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ensemble_decode import ops
+from ensemble_decode.models.attention import current_forward
+
+#: Decoder layers with exactly Llama's forward, up to biases, q/k norms, the norm's offset and the activation.
+FUSED_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "GemmaDecoderLayer")
+#: Linears that read one input and stand side by side in a module, merged into one product.
+MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_ACTIVATIONS = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu": 2}
+
+
+class PackedLinear(nn.Module):
+    """One linear, or several with one input, over packed weights; LoRA rows are added by adapter.
+
+    Parameters
+    ----------
+    weights : list of tensor [N_i, K]
+    biases : list of tensor [N_i] or None
+    names : list of str
+        The module paths these weights had, by which adapters find them.
+    """
+
+    def __init__(self, weights: list[torch.Tensor], biases: list[torch.Tensor | None], names: list[str]) -> None:
+        super().__init__()
+        self.names = names
+        self.segments = [w.shape[0] for w in weights]
+        self.in_features = weights[0].shape[1]
+        self.out_features = sum(self.segments)
+        self.dtype = weights[0].dtype
+        self.register_buffer("packed", ops.pack_weight(torch.cat(list(weights))), persistent=False)
+        bias = None
+        if any(b is not None for b in biases):
+            rows = [torch.zeros(n, dtype=self.dtype) if b is None else b for b, n in zip(biases, self.segments, strict=True)]
+            bias = torch.cat(rows)
+        self.register_buffer("bias", bias, persistent=False)
+        self.register_buffer("lora_a", None, persistent=False)
+        self.register_buffer("lora_b", None, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = ops.linear(x, self.packed, self.bias, self.out_features)
+        if self.lora_a is not None:
+            adapter = current_forward().adapter
+            if adapter is not None:
+                ops.lora_(y.view(-1, self.out_features), x.reshape(-1, self.in_features), self.lora_a, self.lora_b, adapter, self.segments)
+        return y
+
+
+class _FirstOfMerged(nn.Module):
+    """Stands where ``q_proj`` was: computes all the merged outputs, returns its own, keeps the others for its siblings."""
+
+    def __init__(self, merged: PackedLinear) -> None:
+        super().__init__()
+        self.merged = merged
+        self.rest: list[torch.Tensor] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, *self.rest = self.merged(x).split(self.merged.segments, dim=-1)
+        return first
+
+
+class _NextOfMerged(nn.Module):
+    """Stands where ``k_proj`` and ``v_proj`` were: hands out, in the order of calls, what the first computed."""
+
+    def __init__(self, first: _FirstOfMerged) -> None:
+        super().__init__()
+        object.__setattr__(self, "first", first)  # not a submodule: it is one already, under its own name
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first.rest.pop(0)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · (offset + weight), in one operator."""
+
+    def __init__(self, weight: torch.Tensor, eps: float, offset: float) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight, persistent=False)
+        self.eps = eps
+        self.offset = offset
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.rms_norm(x, self.weight, self.eps, self.offset)
+
+
+class FusedLayer(nn.Module):
+    """A Llama-shaped decoder layer as one operator; takes the arguments transformers' model passes to its layers."""
+
+    def __init__(self, layer: nn.Module, name: str, layer_idx: int) -> None:
+        super().__init__()
+        attention, mlp = layer.self_attn, layer.mlp
+        self.layer_idx = layer_idx
+        self.head_dim = attention.head_dim
+        self.num_heads = attention.q_proj.weight.shape[0] // self.head_dim
+        self.num_kv_heads = attention.k_proj.weight.shape[0] // self.head_dim
+        self.scale = attention.scaling
+        self.norm1 = _rms_norm(layer.input_layernorm)
+        self.norm2 = _rms_norm(layer.post_attention_layernorm)
+        self.q_norm = _rms_norm(attention.q_norm).weight if hasattr(attention, "q_norm") else None
+        self.k_norm = _rms_norm(attention.k_norm).weight if hasattr(attention, "k_norm") else None
+        self.activation = _ACTIVATIONS[_activation_name(mlp)]
+        self.intermediate = mlp.gate_proj.weight.shape[0]
+        self.qkv = _pack(attention, f"{name}.self_attn", MERGED[0])
+        self.o = _pack(attention, f"{name}.self_attn", ("o_proj",))
+        self.gate_up = _pack(mlp, f"{name}.mlp", MERGED[1])
+        self.down = _pack(mlp, f"{name}.mlp", ("down_proj",))
+        self._lora: list[torch.Tensor] | None = None
+
+    @property
+    def linears(self) -> tuple[PackedLinear, ...]:
+        return (self.qkv, self.o, self.gate_up, self.down)
+
+    def collect_lora(self) -> None:
+        """Take up the adapters that were put into the linears; zeros where an adapter leaves a linear alone."""
+        if all(linear.lora_a is None for linear in self.linears):
+            return
+        pool = next(linear.lora_a for linear in self.linears if linear.lora_a is not None)
+        count, rank = pool.shape[0], next(x.lora_b.shape[2] for x in self.linears if x.lora_b is not None)
+        self._lora = []
+        for linear in self.linears:
+            if linear.lora_a is None:
+                linear.lora_a = torch.zeros(count, len(linear.segments) * rank, linear.in_features, dtype=linear.dtype)
+                linear.lora_b = torch.zeros(count, linear.out_features, rank, dtype=linear.dtype)
+            self._lora += [linear.lora_a, linear.lora_b]
+
+    def forward(
+        self, hidden_states: torch.Tensor, *_: object, position_embeddings: tuple[torch.Tensor, torch.Tensor], **__: object
+    ) -> torch.Tensor:
+        forward = current_forward()
+        cos, sin = position_embeddings
+        out = ops.decoder_layer(
+            hidden_states[0],
+            cos[0],
+            sin[0],
+            self.norm1.weight,
+            self.norm2.weight,
+            self.qkv.packed,
+            self.qkv.bias,
+            self.o.packed,
+            self.o.bias,
+            self.gate_up.packed,
+            self.down.packed,
+            self.q_norm,
+            self.k_norm,
+            [] if self._lora is None or forward.adapter is None else self._lora,
+            forward.adapter,
+            forward.k_cache[self.layer_idx],
+            forward.v_cache[self.layer_idx],
+            forward.query_start,
+            forward.context_len,
+            forward.block_table,
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            self.intermediate,
+            self.norm1.eps,
+            self.norm1.offset,
+            self.scale,
+            self.activation,
+        )
+        return out.unsqueeze(0)
+
+
+def _activation_name(mlp: nn.Module) -> str:
+    config = mlp.config
+    return getattr(config, "hidden_act", None) or config.hidden_activation
+
+
+def _weight_and_bias(linear: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if isinstance(linear, Conv1D):
+        return linear.weight.t(), linear.bias
+    return linear.weight, linear.bias
+
+
+def _pack(parent: nn.Module, path: str, names: tuple[str, ...]) -> PackedLinear:
+    """Pack ``parent``'s linears ``names`` into one and let the originals' weights go."""
+    linears = [getattr(parent, name) for name in names]
+    weights, biases = zip(*(_weight_and_bias(x) for x in linears), strict=True)
+    packed = PackedLinear(list(weights), list(biases), [f"{path}.{name}" for name in names])
+    for name in names:
+        setattr(parent, name, None)
+    return packed
+
+
+def _is_linear(module: nn.Module | None) -> bool:
+    return type(module) in (nn.Linear, Conv1D)
+
+
+def _is_rms_norm(module: nn.Module) -> bool:
+    kind = type(module).__name__
+    # Families differ in the details: only those whose forward was read are replaced.
+    return kind in ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "GemmaRMSNorm", "Phi3RMSNorm", "GraniteRMSNorm", "SmolLM3RMSNorm")
+
+
+def _rms_norm(norm: nn.Module) -> RMSNorm:
+    eps = getattr(norm, "variance_epsilon", None)
+    return RMSNorm(norm.weight.detach(), norm.eps if eps is None else eps, 1.0 if type(norm).__name__ == "GemmaRMSNorm" else 0.0)
+
+
+def make_fast(decoder: nn.Module, root: str, fuse_layers: bool = True) -> None:
+    """Replace what can be made fast inside ``decoder``, whose module path in the full model is ``root``."""
+    if fuse_layers:
+        layers = getattr(decoder, "layers", None)
+        if layers is not None and len(layers) > 0 and type(layers[0]).__name__ in FUSED_LAYERS:
+            for index, layer in enumerate(layers):
+                if _activation_name(layer.mlp) in _ACTIVATIONS and layer.mlp.gate_proj.bias is None:
+                    layers[index] = FusedLayer(layer, f"{root}.layers.{index}", index)
+    _make_leaves_fast(decoder, root)
+
+
+def _make_leaves_fast(module: nn.Module, path: str) -> None:
+    if isinstance(module, FusedLayer | PackedLinear):
+        return
+    for names in MERGED:
+        if all(_is_linear(getattr(module, name, None)) for name in names):
+            first = _FirstOfMerged(_pack(module, path, names))
+            setattr(module, names[0], first)
+            for name in names[1:]:
+                setattr(module, name, _NextOfMerged(first))
+    for name, child in list(module.named_children()):
+        if _is_linear(child):
+            setattr(module, name, _pack(module, path, (name,)))
+        elif _is_rms_norm(child):
+            setattr(module, name, _rms_norm(child))
+        else:
+            _make_leaves_fast(child, f"{path}.{name}" if path else name)
+
+
+def packed_linears(decoder: nn.Module) -> Iterator[PackedLinear]:
+    """Every packed linear below ``decoder``, once."""
+    for module in decoder.modules():
+        if isinstance(module, PackedLinear):
+            yield module
