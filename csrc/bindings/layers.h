@@ -1,0 +1,82 @@
+// What the bindings of the layer operators share: checks that name the tensor, its value and what is allowed.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <string>
+
+#include "../cpu/layers.h"
+
+namespace ensemble_decode {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+[[noreturn]] inline void fail(const std::string& message) { throw std::runtime_error(message); }
+
+inline void check(bool ok, const char* op, const std::string& message) {
+  if (!ok) fail(std::string(op) + ": " + message);
+}
+
+inline std::string shape_of(const Tensor& t) {
+  std::string s = "[";
+  for (int64_t i = 0; i < t.dim(); i++) s += (i ? ", " : "") + std::to_string(t.size(i));
+  return s + "]";
+}
+
+inline DType dtype_of(const char* op, const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::float32;
+    case ScalarType::BFloat16: return DType::bfloat16;
+    case ScalarType::Half: return DType::float16;
+    default: fail(std::string(op) + ": " + name + " must be float32, bfloat16 or float16");
+  }
+}
+
+// A dense tensor of a given dtype and, where not negative, of given sizes.
+inline void check_tensor(const char* op, const char* name, const Tensor& t, ScalarType dtype,
+                         std::initializer_list<int64_t> sizes) {
+  check(t.is_cpu(), op, std::string(name) + " must be on the CPU");
+  check(t.scalar_type() == dtype, op, std::string(name) + " has another dtype than this operator needs of it");
+  bool same = t.dim() == static_cast<int64_t>(sizes.size());
+  std::string expected = "[";
+  int64_t i = 0;
+  for (int64_t size : sizes) {
+    same = same && (size < 0 || t.size(i) == size);
+    expected += (i++ ? ", " : "") + (size < 0 ? std::string("any") : std::to_string(size));
+  }
+  if (!same) fail(std::string(op) + ": " + name + " is " + shape_of(t) + ", it must be " + expected + "]");
+}
+
+inline void check_contiguous(const char* op, const char* name, const Tensor& t) {
+  check(t.is_contiguous(), op, std::string(name) + " must be contiguous");
+}
+
+inline void check_last_dense(const char* op, const char* name, const Tensor& t) {
+  int64_t last = t.dim() - 1;
+  check(t.size(last) <= 1 || t.stride(last) == 1, op, std::string(name) + " must be contiguous in its last dimension");
+}
+
+// Rows of the last dimension: [..., width] as [rows, width] with one stride between rows.
+inline Tensor as_rows(const Tensor& t) {
+  if (t.dim() == 2 && (t.size(1) <= 1 || t.stride(1) == 1)) return t;
+  Tensor dense = t.is_contiguous() ? t : torch::stable::contiguous(t);
+  int64_t width = t.size(t.dim() - 1);
+  return torch::stable::view(dense, {width == 0 ? 0 : dense.numel() / width, width});
+}
+
+// Fills `lora` from an adapter stack a [A, segments * rank, in], b [A, out, rank]; returns A.
+int64_t check_lora(const char* op, const Tensor& a, const Tensor& b, ScalarType dtype, int64_t in_features,
+                   const int64_t* segment_ends, int num_segments, Lora& lora);
+
+// The rows' adapters: int32, -1 or an index below `adapters`.
+const int32_t* check_adapter(const char* op, const Tensor& adapter, int64_t rows, int64_t adapters);
+
+// The paged layout of a call, checked: every block that will be touched exists.
+Paging check_paging(const char* op, const Tensor& k_cache, const Tensor& v_cache, const Tensor& query_start,
+                    const Tensor& context_len, const Tensor& block_table, ScalarType dtype, int64_t tokens,
+                    int64_t heads, int64_t kv_heads, int64_t head_dim, double scale);
+
+}  // namespace ensemble_decode

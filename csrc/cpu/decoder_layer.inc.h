@@ -1,0 +1,2 @@
+template <typename T>
+static void decoder_layer(const LayerArgs&) {}

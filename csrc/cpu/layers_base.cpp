@@ -1,0 +1,10 @@
+// The layer operators in plain loops: any machine.
+#include "layers.h"
+#include "schedule.h"
+#include "threads.h"
+
+#define SIMD_LEVEL 0
+#define VARIANT base
+#define VARIANT_TABLE kernels_base
+#define VARIANT_NAME "base"
+#include "layers.inc.h"

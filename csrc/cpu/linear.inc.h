@@ -1,0 +1,123 @@
+// Linear layers on packed weights.
+//
+// Weights lie in groups of 32 columns, [group][step of k][32], so that a thread that owns a group reads one stream of
+// consecutive cache lines. A tile of up to kTileRows rows x 32 columns lives in registers for the whole of k: one
+// chain of additions per output, whatever the number of rows.
+
+// Two V16 of weights and a broadcast beside the accumulators. (AVX-512: 12 rows, 24 of 32 registers.)
+constexpr int kTileRows = SIMD_LEVEL == 4 ? 12 : SIMD_LEVEL == 3 ? 3 : 1;
+constexpr int kTileColumns = kGroupColumns;
+// Rows that go through one group of columns before the next: their inputs stay in the second-level cache.
+constexpr int64_t kRowBlock = 96;
+constexpr int kPrefetchBytes = 4096;
+
+struct Tile {
+  int64_t row, column;  // of its first element
+  int rows;
+  float* sums;  // [rows][kTileColumns]
+};
+
+template <typename T, int Rows>
+static void linear_tile(const T* group, const Input<T>* x, int64_t x_stride, int64_t steps, float* sums) {
+  constexpr int kPer = Step<T>::kPer;
+  const T* w[2] = {group, group + 16 * kPer};
+  dot_tile<T, Rows, 2, kPrefetchBytes>(w, kTileColumns * kPer, x, x_stride, steps, sums, kTileColumns);
+}
+
+template <typename T>
+using LinearTile = void (*)(const T*, const Input<T>*, int64_t, int64_t, float*);
+
+template <typename T>
+static inline LinearTile<T> linear_tile_of(int rows) {
+#if SIMD_LEVEL == 4
+  static constexpr LinearTile<T> tiles[] = {
+      linear_tile<T, 1>, linear_tile<T, 2>, linear_tile<T, 3>, linear_tile<T, 4>,  linear_tile<T, 5>,  linear_tile<T, 6>,
+      linear_tile<T, 7>, linear_tile<T, 8>, linear_tile<T, 9>, linear_tile<T, 10>, linear_tile<T, 11>, linear_tile<T, 12>};
+#elif SIMD_LEVEL == 3
+  static constexpr LinearTile<T> tiles[] = {linear_tile<T, 1>, linear_tile<T, 2>, linear_tile<T, 3>};
+#else
+  static constexpr LinearTile<T> tiles[] = {linear_tile<T, 1>};
+#endif
+  return tiles[rows - 1];
+}
+
+// Every tile of x [rows, steps] times the packed weights goes to finish(tile), on some thread of the team. No barrier.
+template <typename T, typename Finish>
+static inline void linear_phase(Team& team, Counter& counter, const Input<T>* x, int64_t x_stride, int64_t rows,
+                                const T* packed, int64_t in_features, int64_t out_features, const Finish& finish) {
+  constexpr int kPer = Step<T>::kPer;
+  int64_t steps = (in_features + kPer - 1) / kPer;
+  int64_t groups = (out_features + kTileColumns - 1) / kTileColumns;
+  int64_t row_blocks = (rows + kRowBlock - 1) / kRowBlock;
+  alignas(64) float sums[kTileRows * kTileColumns];
+  int64_t begin, end;
+  while (take(counter, groups * row_blocks, team.size, begin, end)) {
+    for (int64_t item = begin; item < end; item++) {
+      int64_t group = item % groups, first = item / groups * kRowBlock;
+      int64_t block = rows - first < kRowBlock ? rows - first : kRowBlock;
+      int64_t tiles = (block + kTileRows - 1) / kTileRows;
+      for (int64_t t = 0; t < tiles; t++) {
+        int64_t lo = first + block * t / tiles, hi = first + block * (t + 1) / tiles;
+        Tile tile{lo, group * kTileColumns, static_cast<int>(hi - lo), sums};
+        linear_tile_of<T>(tile.rows)(packed + group * steps * kTileColumns * kPer, x + lo * x_stride, x_stride, steps,
+                                     sums);
+        finish(tile);
+      }
+    }
+  }
+}
+
+// The stride of rows of Input<T> in scratch memory: a whole number of cache lines.
+template <typename T>
+static inline int64_t input_stride(int64_t width) {
+  return (width + 31) / 32 * 32;
+}
+
+// A row as linear_phase wants it, zero up to the end of the last step.
+template <typename T>
+static inline void to_input(const T* row, int64_t width, Input<T>* input) {
+  for (int64_t i = 0; i < width; i += 16) {
+    V16 v = load_n(row + i, width - i);
+    store(input + i, v);  // the stride leaves room for the last sixteen
+  }
+}
+
+template <typename T>
+static void linear(const LinearArgs& args) {
+  const T* x = static_cast<const T*>(args.x);
+  int64_t n = args.out_features, k = args.in_features, stride = input_stride<T>(k);
+  bool direct = sizeof(Input<T>) == sizeof(T) && k % Step<T>::kPer == 0;
+  size_t counters = 2 * sizeof(Counter);
+  char* memory = static_cast<char*>(
+      workspace(counters + (direct ? 0 : static_cast<size_t>(args.rows * stride) * sizeof(Input<T>))));
+  __builtin_memset(memory, 0, counters);
+  Counter* counter = reinterpret_cast<Counter*>(memory);
+  Input<T>* converted = reinterpret_cast<Input<T>*>(memory + counters);
+  const Input<T>* input = direct ? reinterpret_cast<const Input<T>*>(x) : converted;
+  int64_t input_row = direct ? args.x_stride : stride;
+  const T* bias = static_cast<const T*>(args.bias);
+
+  auto finish = [&](const Tile& tile) {
+    int64_t width = n - tile.column < kTileColumns ? n - tile.column : kTileColumns;
+    for (int r = 0; r < tile.rows; r++) {
+      for (int64_t c = 0; c < width; c += 16) {
+        V16 y = load(tile.sums + r * kTileColumns + c);
+        if (bias) y = y + load_n(bias + tile.column + c, width - c);
+        int64_t at = (tile.row + r) * n + tile.column + c;
+        if (args.out_float32)
+          store_n(static_cast<float*>(args.out) + at, y, width - c);
+        else
+          store_n(static_cast<T*>(args.out) + at, y, width - c);
+      }
+    }
+  };
+  parallel(threads_for(args.rows * n * k), [&](Team& team) {
+    if (!direct) {
+      int64_t begin, end;
+      while (take(counter[0], args.rows, team.size, begin, end))
+        for (int64_t r = begin; r < end; r++) to_input(x + r * args.x_stride, k, converted + r * stride);
+      team.barrier();
+    }
+    linear_phase(team, counter[1], input, input_row, args.rows, static_cast<const T*>(args.packed), k, n, finish);
+  });
+}
