@@ -1,0 +1,203 @@
+"""``AsyncLLM``: requests that come and go while others run. The engine loops in one background thread."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ensemble_decode.engine.engine import Engine, Prompt
+from ensemble_decode.engine.llm import LLM
+from ensemble_decode.engine.outputs import RequestOutput
+from ensemble_decode.engine.params import SamplingParams
+
+
+class EngineDeadError(RuntimeError):
+    """The engine's loop has ended, by :meth:`AsyncLLM.shutdown` or by the error in ``__cause__``."""
+
+
+class QueueFullError(RuntimeError):
+    """More requests are waiting than ``max_waiting`` allows; try again later."""
+
+
+@dataclass(slots=True, eq=False)
+class _Client:
+    """Where a request's outputs go. Only the newest matters, since outputs are cumulative: nothing can pile up."""
+
+    loop: asyncio.AbstractEventLoop
+    ready: asyncio.Event
+    newest: RequestOutput | Exception | None = None
+
+    def put(self, item: RequestOutput | Exception) -> None:
+        self.newest = item
+        try:
+            self.loop.call_soon_threadsafe(self.ready.set)
+        except RuntimeError:
+            pass  # the client's event loop is closed: nobody waits for this
+
+
+class AsyncLLM:
+    """An :class:`LLM` for servers.
+
+    Parameters
+    ----------
+    model, pairs, **options
+        As :class:`LLM`; or an ``LLM`` (or :class:`Engine`) that is loaded already.
+    max_waiting : int
+        Requests that may wait for their turn; one more raises :class:`QueueFullError`.
+    """
+
+    def __init__(self, model: str | LLM | Engine, *args: Any, max_waiting: int = 1024, **options: Any) -> None:
+        if not isinstance(model, LLM | Engine):
+            model = LLM(model, *args, **options)
+        self.engine: Engine = model.engine if isinstance(model, LLM) else model
+        self.max_waiting = max_waiting
+        self._lock = threading.Condition()
+        self._calls: deque[Callable[[], None]] = deque()  # what the loop's thread does before its next step
+        self._clients: dict[str, _Client] = {}
+        self._closing = False
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+        self._thread.start()
+
+    async def generate(
+        self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None
+    ) -> AsyncIterator[RequestOutput]:
+        """Outputs of one request, each with all the text so far; the last has ``finished``.
+
+        A consumer that is slower than the engine skips intermediate outputs and loses nothing. One that leaves (is
+        cancelled, or closes the iterator) aborts its request.
+
+        Raises
+        ------
+        ValueError
+            The request can't be served.
+        QueueFullError, EngineDeadError
+        """
+        client = _Client(asyncio.get_running_loop(), asyncio.Event())
+        added: asyncio.Future[str] = client.loop.create_future()
+        self._call(lambda: self._add(client, added, prompt, params, request_id))
+        try:
+            own_id = await asyncio.shield(added)
+        except asyncio.CancelledError:
+            added.add_done_callback(lambda f: None if f.cancelled() or f.exception() else self.abort_soon(f.result()))
+            raise
+        finished = False
+        try:
+            while not finished:
+                await client.ready.wait()
+                client.ready.clear()
+                item = client.newest
+                if isinstance(item, Exception):
+                    finished = True
+                    raise item
+                assert item is not None
+                finished = item.finished
+                yield item
+        finally:
+            if not finished:
+                self.abort_soon(own_id)
+
+    async def abort(self, request_id: str) -> None:
+        """End a request; its iterator gets a last output with finish reason "abort". Unknown ids are ignored."""
+        self.abort_soon(request_id)
+
+    def abort_soon(self, request_id: str) -> None:
+        """:meth:`abort`, from any thread."""
+        try:
+            self._call(lambda: self._abort(request_id))
+        except EngineDeadError:
+            pass  # it went down with the engine
+
+    def shutdown(self, drain: bool = False, timeout: float | None = None) -> None:
+        """End the loop: at once, or (``drain``) when every accepted request is done."""
+        with self._lock:
+            self._closing = True
+            if not drain:
+                self._calls.append(self._abort_all)
+            self._lock.notify()
+        self._thread.join(timeout)
+
+    # ── the loop's thread ───────────────────────────────────────────────────────────────────────────────────────────
+    def _call(self, function: Callable[[], None]) -> None:
+        with self._lock:
+            if self._closing or not self._thread.is_alive():
+                raise EngineDeadError("the engine has been shut down" if self._error is None else "the engine has failed") from self._error
+            self._calls.append(function)
+            self._lock.notify()
+
+    def _loop(self) -> None:
+        try:
+            while True:
+                with self._lock:
+                    while not self._calls and not self.engine.has_work and not self._closing:
+                        self._lock.wait()
+                    calls, self._calls = self._calls, deque()
+                    ending = self._closing
+                for call in calls:
+                    call()
+                if ending and not self.engine.has_work:
+                    return
+                for output in self.engine.step():
+                    self._deliver(output)
+        except BaseException as error:  # whatever it is, nobody may wait for ever
+            self._error = error
+        finally:
+            with self._lock:
+                self._closing = True
+                calls, self._calls = self._calls, deque()
+            for call in calls:
+                call()
+            cause = EngineDeadError(f"the engine has failed: {self._error!r}" if self._error else "the engine has been shut down")
+            cause.__cause__ = self._error
+            for client in self._clients.values():
+                client.put(cause)
+            self._clients.clear()
+
+    def _add(
+        self, client: _Client, added: asyncio.Future[str], prompt: Prompt, params: SamplingParams | None, request_id: str | None
+    ) -> None:
+        def answer(result: str | Exception) -> None:
+            if added.cancelled():
+                return
+            if isinstance(result, Exception):
+                added.set_exception(result)
+            else:
+                added.set_result(result)
+
+        result: str | Exception
+        try:
+            if self._error is not None:
+                raise EngineDeadError("the engine has failed") from self._error
+            if len(self.engine.scheduler.waiting) >= self.max_waiting:
+                raise QueueFullError(f"{self.max_waiting} requests are waiting, no more are taken")
+            request = self.engine.add_request(prompt, params, request_id)
+            self._clients[request.request_id] = client
+            result = request.request_id
+        except Exception as error:
+            result = error
+        try:
+            client.loop.call_soon_threadsafe(answer, result)
+        except RuntimeError:  # the client's event loop is closed
+            if isinstance(result, str):
+                self._abort(result)
+
+    def _abort(self, request_id: str) -> None:
+        output = self.engine.abort(request_id)
+        if output is not None:
+            self._deliver(output)
+
+    def _abort_all(self) -> None:
+        for request_id in list(self.engine.requests):
+            self._abort(request_id)
+
+    def _deliver(self, output: RequestOutput) -> None:
+        client = self._clients.get(output.request_id)
+        if client is None:
+            return
+        if output.finished:
+            del self._clients[output.request_id]
+        client.put(output)

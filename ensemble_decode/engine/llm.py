@@ -1,0 +1,245 @@
+"""``LLM``: generate and score with a list of prompts, in the caller's thread."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ensemble_decode.engine.engine import Engine, Prompt
+from ensemble_decode.engine.lanes import Placement
+from ensemble_decode.engine.outputs import RequestOutput, Score
+from ensemble_decode.engine.params import SamplingParams
+from ensemble_decode.engine.runner import Runner
+from ensemble_decode.models.ensemble import Ensemble, load_ensemble
+from ensemble_decode.models.pairs import ExpertPair
+from ensemble_decode.ops.paged_attention import BLOCK_SIZE
+
+_DEFAULT_KV_BYTES = 2 << 30
+
+
+class LLM:
+    """A target model with expert pairs that steer it.
+
+    Parameters
+    ----------
+    model : str
+        Hub id or folder of safetensors, any causal LM with full attention that transformers knows.
+    pairs : dict of str to ExpertPair, optional
+        What steers it, by name.
+    dtype : str or torch.dtype
+        "auto" picks what the machine is good at; "float32", "bfloat16", "float16".
+    device : str
+        "auto" or "cpu".
+    max_num_seqs : int
+        Sequences decoded at once.
+    max_model_len : int, optional
+        Longest sequence, prompt and output together. Default: the shortest context of the models.
+    kv_cache_bytes : int, optional
+        Memory for keys and values of all models. Default: room for ``max_num_seqs`` sequences of ``max_model_len``, at
+        most 2 GiB and a quarter of the memory that is free.
+    speculation : None
+        Not available yet.
+    seed : int
+        Where the seeds of requests that bring none come from.
+    max_num_batched_tokens : int
+        Tokens of one step; longer prompts are computed in chunks.
+    enable_prefix_caching : bool
+        Whether common beginnings of prompts are computed once.
+    placement : {"auto", "sequential", "lanes"}
+        Where groups of models run. "auto" measures at start-up.
+
+    Raises
+    ------
+    ValueError
+        One line that names what is wrong, its value and what is allowed.
+
+    Examples
+    --------
+    >>> llm = LLM("HuggingFaceTB/SmolLM2-135M-Instruct",
+    ...           pairs={"gender": ExpertPair("out/expert", "out/anti_expert")})          # doctest: +SKIP
+    >>> llm.generate("The nurse said that", SamplingParams(alpha=1.0, top_p=0.9))[0].outputs[0].text  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: str,
+        pairs: Mapping[str, ExpertPair] | None = None,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str = "auto",
+        max_num_seqs: int = 64,
+        max_model_len: int | None = None,
+        kv_cache_bytes: int | None = None,
+        speculation: None = None,
+        seed: int = 0,
+        max_num_batched_tokens: int = 512,
+        enable_prefix_caching: bool = True,
+        placement: Placement = "auto",
+    ) -> None:
+        if speculation is not None:
+            raise ValueError(f"speculation is {speculation!r}, allowed is None (it does not exist yet)")
+        for name, value in (("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", max_num_batched_tokens)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}, allowed is 1 or more")
+        self.ensemble = load_ensemble(str(model), pairs, dtype=dtype, device=device, max_model_len=max_model_len)
+        blocks = _num_blocks(self.ensemble, kv_cache_bytes, max_num_seqs)
+        self.runner = Runner(self.ensemble, blocks, placement)
+        self.engine = Engine(
+            self.ensemble.layout,
+            self.runner,
+            blocks,
+            self.ensemble.tokenizer,
+            self.ensemble.eos_token_ids,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            enable_prefix_caching=enable_prefix_caching,
+            seed=seed,
+        )
+
+    @property
+    def tokenizer(self) -> Any | None:
+        """The target's tokenizer; None where its folder has none."""
+        return self.ensemble.tokenizer
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Continue prompts; all of them run together.
+
+        Parameters
+        ----------
+        prompts : str, list of int, dict, or a list of these
+            Text, token ids, or ``{"prompt" | "prompt_token_ids": …, "pair_prompts": {pair: {"expert": …, "anti_expert": …}}}``.
+        params : SamplingParams or list of them
+            One for all prompts, or one each.
+        use_tqdm : bool
+            Show a progress bar.
+
+        Returns
+        -------
+        list of RequestOutput
+            In the order of the prompts. A request that fails while it runs has ``finish_reason`` "error" and an ``error``;
+            the others are not touched by it.
+
+        Raises
+        ------
+        ValueError
+            A prompt or parameter that can't be served, with its index; nothing has run then.
+        """
+        listed = _as_list(prompts)
+        each = _one_each(params, len(listed))
+        return self._run([(prompt, param, False) for prompt, param in zip(listed, each, strict=True)], "generate", use_tqdm)
+
+    def chat(
+        self, messages: list[dict[str, str]] | list[list[dict[str, str]]], params: SamplingParams | None = None, *, use_tqdm: bool = True
+    ) -> list[RequestOutput]:
+        """Answer conversations, formatted by the tokenizer's chat template."""
+        if getattr(self.tokenizer, "chat_template", None) is None:
+            raise ValueError("chat needs a tokenizer with a chat template, this model has none: use generate")
+        assert self.tokenizer is not None
+        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
+        ids = [self.tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=False) for c in conversations]
+        return self.generate(ids, params, use_tqdm=use_tqdm)
+
+    def score(
+        self, texts: Prompt | Sequence[Prompt], alpha: float | dict[str, float] | None = None, *, use_tqdm: bool = False
+    ) -> list[Score]:
+        """Per-token log-probabilities of texts under the ensemble, and under the target alone.
+
+        Parameters
+        ----------
+        texts : str, list of int, or a list of these
+            A text's first token is conditioned on the beginning-of-text token where the tokenizer puts one there;
+            without one it has no log-probability (None).
+        alpha : float or dict, optional
+            As in :class:`SamplingParams`.
+
+        Returns
+        -------
+        list of Score
+            Natural logarithms, at temperature 1, one per token of ``token_ids``.
+        """
+        params = SamplingParams(alpha=alpha, prompt_logprobs=0, max_tokens=1)
+        listed = _as_list(texts)
+        outputs = self._run([(text, params, True) for text in listed], "score", use_tqdm)
+        return [_score(output) for output in outputs]
+
+    def _run(self, work: list[tuple[Prompt, SamplingParams, bool]], verb: str, use_tqdm: bool) -> list[RequestOutput]:
+        engine = self.engine
+        requests = []
+        for index, (prompt, params, score_only) in enumerate(work):
+            try:
+                requests.append(engine.make_request(prompt, params, score_only=score_only))
+            except ValueError as error:
+                raise ValueError(f"{verb}: prompt {index}: {error}" if len(work) > 1 else f"{verb}: {error}") from None
+        done: dict[str, RequestOutput] = {}
+        for request in requests:
+            engine.enqueue(request)
+        try:
+            with tqdm(total=len(requests), desc=verb, unit="prompt", disable=not use_tqdm) as bar:
+                while len(done) < len(requests):
+                    for output in engine.step(stream=False):
+                        done[output.request_id] = output
+                        bar.update()
+        except BaseException:  # Ctrl-C above all: whatever stops us, the engine is left empty and usable
+            for request in requests:
+                engine.abort(request.request_id)
+            raise
+        return [done[request.request_id] for request in requests]
+
+
+def _num_blocks(ensemble: Ensemble, kv_cache_bytes: int | None, max_num_seqs: int) -> int:
+    per_block = ensemble.bytes_per_block
+    views = len(ensemble.layout.views)
+    per_sequence = views * -(-ensemble.layout.max_model_len // BLOCK_SIZE)
+    if kv_cache_bytes is None:
+        most = min(_DEFAULT_KV_BYTES, _free_memory() // 4)
+        return min(max(most // per_block, per_sequence), max_num_seqs * per_sequence)
+    if isinstance(kv_cache_bytes, bool) or not isinstance(kv_cache_bytes, int) or kv_cache_bytes < per_block:
+        raise ValueError(f"kv_cache_bytes is {kv_cache_bytes!r}, allowed is {per_block} (one block of {BLOCK_SIZE} tokens) or more")
+    return kv_cache_bytes // per_block
+
+
+def _free_memory() -> int:
+    with open("/proc/meminfo") as file:
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return 4 * _DEFAULT_KV_BYTES
+
+
+def _as_list(prompts: Any) -> list[Prompt]:
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    if not isinstance(prompts, Iterable):
+        raise ValueError(f"prompts is {prompts!r}, a string, token ids, a dict or a list of these is allowed")
+    listed = list(prompts)
+    if listed and all(isinstance(item, int) and not isinstance(item, bool) for item in listed):
+        return [listed]
+    return listed
+
+
+def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    listed = list(params)
+    if len(listed) != count:
+        raise ValueError(f"params is a list of {len(listed)}, allowed is one, or one for each of the {count} prompts")
+    return listed
+
+
+def _score(output: RequestOutput) -> Score:
+    entries = output.prompt_logprobs or [None]
+    logprobs: list[float | None] = []
+    target: list[float | None] = []
+    for token, entry in zip(output.prompt_token_ids, entries, strict=True):
+        logprobs.append(None if entry is None else entry[token].logprob)
+        target.append(None if entry is None else entry[token].target_logprob)
+    return Score(output.prompt, output.prompt_token_ids, logprobs, target)

@@ -1,0 +1,81 @@
+"""What comes back: vLLM's shapes and names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """Natural log-probability of one token under the ensemble, its rank from 1, and the target's own beside it."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None
+    target_logprob: float
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One sample of a request. ``error`` says in one line what went wrong where ``finish_reason`` is "error"."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    error: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """Seconds on ``time.perf_counter``'s clock, and what was saved."""
+
+    arrival: float
+    first_token: float | None = None
+    finished: float | None = None
+    cached_tokens: int = 0
+    preemptions: int = 0
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """A request and its samples so far. ``seed`` is the one that was used, drawn where none was given."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    seed: int
+    metrics: RequestMetrics
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+
+
+@dataclass(slots=True)
+class Score:
+    """Per-token log-probabilities of a text. The first token has none where nothing comes before it."""
+
+    text: str | None
+    token_ids: list[int]
+    logprobs: list[float | None]
+    target_logprobs: list[float | None] = field(default_factory=list)
+
+    @property
+    def total(self) -> float:
+        """Sum over the tokens that have a log-probability."""
+        return sum(value for value in self.logprobs if value is not None)
+
+    @property
+    def mean(self) -> float:
+        count = sum(value is not None for value in self.logprobs)
+        return self.total / count if count else float("nan")

@@ -1,0 +1,129 @@
+"""Requests, their sequences and views: plain data; the scheduler mutates it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ensemble_decode.engine.batch import Edits, Steering, TokenLogprobs
+from ensemble_decode.engine.outputs import FinishReason, RequestMetrics
+from ensemble_decode.engine.params import SamplingParams, sample_seed
+
+
+@dataclass(slots=True)
+class View:
+    """One token sequence that some pools compute: a prompt, followed by the generated tokens.
+
+    ``computed`` tokens from the start have their keys and values in the cache, ``registered`` full blocks are known to the
+    block manager by content.
+    """
+
+    tokens: list[int]
+    pools: tuple[int, ...]
+    table: list[int] = field(default_factory=list)
+    computed: int = 0
+    registered: int = 0
+
+    @property
+    def pending(self) -> int:
+        return len(self.tokens) - self.computed
+
+    def forget(self) -> None:
+        """Nothing of it is in the cache any more."""
+        self.computed = self.registered = 0
+
+
+@dataclass(slots=True)
+class ActivePair:
+    """A pair with α ≠ 0 in a request, and the places of its two views among the request's."""
+
+    pair: int
+    alpha: float
+    expert_view: int
+    anti_expert_view: int
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One sample of a request. ``views[0]`` is the request's own tokens."""
+
+    request: Request
+    index: int
+    views: list[View]
+    output: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    counts: dict[int, int] = field(default_factory=dict)  # of output tokens; kept only where penalties ask for it
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    error: str | None = None
+    text: str | None = None  # final text, once a stop string has cut it
+
+    @property
+    def seed(self) -> int:
+        return sample_seed(self.request.seed, self.index)
+
+    @property
+    def pending(self) -> int:
+        """Tokens of all views that are not computed yet."""
+        return sum(view.pending for view in self.views)
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+    def append(self, token: int) -> None:
+        self.output.append(token)
+        for view in self.views:
+            view.tokens.append(token)
+        if self.request.params.has_edits:
+            self.counts[token] = self.counts.get(token, 0) + 1
+
+    def steering(self, first_span: int) -> tuple[Steering, ...]:
+        """The request's pairs, pointing at this sequence's spans, which begin at ``first_span`` in the batch."""
+        return tuple(
+            Steering(p.pair, p.alpha, first_span + p.expert_view, first_span + p.anti_expert_view) for p in self.request.pairs
+        )
+
+    def edits(self, eos: tuple[int, ...]) -> Edits | None:
+        params = self.request.params
+        if not params.has_edits:
+            return None
+        banned: tuple[int, ...] = ()
+        if len(self.output) < params.min_tokens:
+            banned = (() if params.ignore_eos else eos) + tuple(params.stop_token_ids or ())
+        seen: list[int] = []
+        if params.repetition_penalty != 1.0:
+            seen = list(self.request.prompt_set | self.counts.keys())
+        return Edits(
+            params.repetition_penalty,
+            params.presence_penalty,
+            params.frequency_penalty,
+            seen,
+            self.counts,
+            params.logit_bias or {},
+            banned,
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """What was asked for. ``sequences`` holds the leader until the prompt is computed, then all ``n`` samples."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    seed: int
+    pairs: list[ActivePair]
+    metrics: RequestMetrics
+    score_only: bool = False
+    sequences: list[Sequence] = field(default_factory=list)
+    prompt_scores: list[TokenLogprobs] = field(default_factory=list)
+    prompt_set: set[int] = field(default_factory=set)
+
+    @property
+    def scores_prompt(self) -> bool:
+        return self.score_only or self.params.prompt_logprobs is not None
+
+    @property
+    def finished(self) -> bool:
+        return all(sequence.finished for sequence in self.sequences)
