@@ -1,4 +1,4 @@
-"""A whole Llama-shaped decoder layer as one operator: no Python, no memory traffic but the weights, between its parts."""
+"""A whole Llama-shaped decoder layer as one operator: between its parts no Python, and no memory traffic to speak of."""
 
 from __future__ import annotations
 
