@@ -30,9 +30,7 @@ def pack_weight(weight: Tensor) -> Tensor:
     return weight.detach().clone(memory_format=torch.contiguous_format)
 
 
-def linear(
-    x: Tensor, packed: Tensor, bias: Tensor | None = None, *, out_features: int, out_fp32: bool = False
-) -> Tensor:
+def linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, out_fp32: bool = False) -> Tensor:
     """x · Wᵀ + bias with a packed weight.
 
     Every output is one chain of additions over K in float32, so a row's bits do not depend on the other rows.
@@ -43,7 +41,7 @@ def linear(
         [..., K], of the weight's dtype.
     packed : Tensor
         From :func:`pack_weight`.
-    bias : Tensor, optional
+    bias : Tensor or None
         [N], of the same dtype.
     out_features : int
         N.

@@ -6,6 +6,7 @@ All arithmetic is in float32 and rounded once, at the end; only what a cache sto
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +15,8 @@ from torch import Tensor
 #: Tokens per KV block, in every pool.
 BLOCK_SIZE = 16
 
-ACTIVATIONS = {
-    "silu": F.silu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu": F.gelu,
-}
+#: By the number that the operator's schema has for it: silu, gelu_tanh, gelu.
+ACTIVATIONS = (F.silu, partial(F.gelu, approximate="tanh"), F.gelu)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out_fp32: bool = False) -> Tensor:
@@ -130,10 +128,11 @@ def decoder_layer(
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
+    intermediate: int,
     eps: float,
     weight_offset: float,
     scale: float,
-    activation: str,
+    activation: int,
 ) -> Tensor:
     """One pre-norm decoder layer with the weights as matrices: qkv [(H + 2·Hkv)·D, E], o, gate_up [2·I, E], down."""
     dtype = hidden.dtype
@@ -165,7 +164,6 @@ def decoder_layer(
     ).flatten(1)
     residual = hidden.float() + project(attended, o, o_bias, 1, [o.shape[0]])
     x = rms_norm(residual, norm2, eps, weight_offset)
-    width = gate_up.shape[0] // 2
-    gate, up = project(x, gate_up, None, 2, [width, width]).split(width, dim=-1)
+    gate, up = project(x, gate_up, None, 2, [intermediate, intermediate]).split(intermediate, dim=-1)
     product = ACTIVATIONS[activation](gate) * up
     return (residual + project(product, down, None, 3, [down.shape[0]])).to(dtype)
