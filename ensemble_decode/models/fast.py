@@ -7,7 +7,7 @@ its parts). Whatever is replaced is compared with the original at load (see ``lo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -34,14 +34,20 @@ class PackedLinear(nn.Module):
         The module paths these weights had, by which adapters find them.
     """
 
-    def __init__(self, weights: list[torch.Tensor], biases: list[torch.Tensor | None], names: list[str]) -> None:
+    def __init__(
+        self,
+        weights: list[torch.Tensor],
+        biases: list[torch.Tensor | None],
+        names: list[str],
+        pack: Callable[[torch.Tensor], torch.Tensor] = ops.pack_weight,
+    ) -> None:
         super().__init__()
         self.names = names
         self.segments = [w.shape[0] for w in weights]
         self.in_features = weights[0].shape[1]
         self.out_features = sum(self.segments)
         self.dtype = weights[0].dtype
-        self.register_buffer("packed", ops.pack_weight(torch.cat(list(weights))), persistent=False)
+        self.register_buffer("packed", pack(torch.cat(list(weights))), persistent=False)
         bias = None
         if any(b is not None for b in biases):
             rows = [torch.zeros(n, dtype=self.dtype) if b is None else b for b, n in zip(biases, self.segments, strict=True)]
@@ -115,7 +121,7 @@ class FusedLayer(nn.Module):
         self.intermediate = mlp.gate_proj.weight.shape[0]
         self.qkv = _pack(attention, f"{name}.self_attn", MERGED[0])
         self.o = _pack(attention, f"{name}.self_attn", ("o_proj",))
-        self.gate_up = _pack(mlp, f"{name}.mlp", MERGED[1])
+        self.gate_up = _pack(mlp, f"{name}.mlp", MERGED[1], ops.pack_gate_up)
         self.down = _pack(mlp, f"{name}.mlp", ("down_proj",))
         self._lora: list[torch.Tensor] | None = None
 
@@ -185,11 +191,13 @@ def _weight_and_bias(linear: nn.Module) -> tuple[torch.Tensor, torch.Tensor | No
     return linear.weight, linear.bias
 
 
-def _pack(parent: nn.Module, path: str, names: tuple[str, ...]) -> PackedLinear:
+def _pack(
+    parent: nn.Module, path: str, names: tuple[str, ...], pack: Callable[[torch.Tensor], torch.Tensor] = ops.pack_weight
+) -> PackedLinear:
     """Pack ``parent``'s linears ``names`` into one and let the originals' weights go."""
     linears = [getattr(parent, name) for name in names]
     weights, biases = zip(*(_weight_and_bias(x) for x in linears), strict=True)
-    packed = PackedLinear(list(weights), list(biases), [f"{path}.{name}" for name in names])
+    packed = PackedLinear(list(weights), list(biases), [f"{path}.{name}" for name in names], pack)
     for name in names:
         setattr(parent, name, None)
     return packed

@@ -112,9 +112,9 @@ class Group:
     def allocate(self, num_blocks: int) -> None:
         """Make room for ``num_blocks`` blocks in every pool of the group."""
         self.blocks_per_pool = num_blocks
-        shape = (num_blocks * len(self.pool_adapters), self.num_kv_heads, BLOCK_SIZE, self.head_dim)
-        self.k_cache = [torch.zeros(shape, dtype=self.dtype) for _ in range(self.num_layers)]
-        self.v_cache = [torch.zeros(shape, dtype=self.dtype) for _ in range(self.num_layers)]
+        size = num_blocks * len(self.pool_adapters)
+        caches = [ops.new_caches(size, self.num_kv_heads, self.head_dim, self.dtype) for _ in range(self.num_layers)]
+        self.k_cache, self.v_cache = ([cache[side] for cache in caches] for side in (0, 1))
 
     def copy_blocks(self, source: torch.Tensor, destination: torch.Tensor) -> None:
         """Copy blocks (indices within a pool) in every layer and pool."""

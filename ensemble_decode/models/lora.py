@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from ensemble_decode import ops
 from ensemble_decode.models.fast import FusedLayer, PackedLinear, packed_linears
 
 CONFIG = "adapter_config.json"
@@ -120,4 +121,4 @@ def _put(linear: PackedLinear, adapters: list[Adapter], rank: int, placed: list[
                 b_all[index, start : start + width, : b.shape[1]] = b
                 placed[index].add(name)
             start += width
-    linear.lora_a, linear.lora_b = a_all, b_all
+    linear.lora_a, linear.lora_b = a_all, ops.pack_lora_b(b_all)

@@ -1,1 +1,29 @@
 """Operators: one file each, with its docstring, schema, fake and dispatch; `reference` defines them all."""
+
+from . import reference, reference_layers
+from .decoder_layer import decoder_layer, pack_gate_up
+from .ensemble_sample import EnsembleSample, combine, ensemble_sample
+from .linear import linear, pack_weight
+from .lora import lora_, pack_lora_b
+from .paged_attention import new_caches, paged_attention
+from .rms_norm import rms_norm
+from .threads import num_threads, set_num_threads
+
+__all__ = [
+    "EnsembleSample",
+    "combine",
+    "decoder_layer",
+    "ensemble_sample",
+    "linear",
+    "lora_",
+    "new_caches",
+    "num_threads",
+    "pack_gate_up",
+    "pack_lora_b",
+    "pack_weight",
+    "paged_attention",
+    "reference",
+    "reference_layers",
+    "rms_norm",
+    "set_num_threads",
+]
