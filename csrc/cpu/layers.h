@@ -12,6 +12,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "ensemble_sample.h"
+
 namespace ensemble_decode {
 
 struct bfloat16 {
@@ -118,6 +120,8 @@ struct Kernels {
   void (*rms_norm)(const RmsNormArgs&);
   void (*paged_attention)(const AttentionArgs&);
   void (*decoder_layer)(const LayerArgs&);
+  void (*ensemble_sample)(const SampleArgs&);
+  void (*combine)(const SampleArgs&);
 };
 
 // The best variant this machine runs, or the one ENSEMBLE_DECODE_CPU=base|v3|v4 names.

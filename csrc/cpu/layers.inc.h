@@ -17,6 +17,7 @@ static inline int threads_for(int64_t multiplications) {
 #include "rms_norm.inc.h"
 #include "paged_attention.inc.h"
 #include "decoder_layer.inc.h"
+#include "ensemble_sample.inc.h"
 
 // Each operator for the element type that its arguments name.
 #define BY_DTYPE(op, Args)                                 \
@@ -32,6 +33,8 @@ BY_DTYPE(lora, LoraArgs)
 BY_DTYPE(rms_norm, RmsNormArgs)
 BY_DTYPE(paged_attention, AttentionArgs)
 BY_DTYPE(decoder_layer, LayerArgs)
+BY_DTYPE(ensemble_sample, SampleArgs)
+BY_DTYPE(combine, SampleArgs)
 #undef BY_DTYPE
 
 }  // namespace VARIANT
@@ -44,6 +47,8 @@ const Kernels VARIANT_TABLE = {
     VARIANT::rms_norm_by_dtype,
     VARIANT::paged_attention_by_dtype,
     VARIANT::decoder_layer_by_dtype,
+    VARIANT::ensemble_sample_by_dtype,
+    VARIANT::combine_by_dtype,
 };
 
 }  // namespace ensemble_decode

@@ -1,4 +1,5 @@
 // The layer operators in plain loops: any machine.
+#include "../score.h"
 #include "layers.h"
 #include "schedule.h"
 #include "threads.h"

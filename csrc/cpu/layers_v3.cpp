@@ -2,6 +2,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include "../score.h"
 #include "layers.h"
 #include "schedule.h"
 #include "threads.h"

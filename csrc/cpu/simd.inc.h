@@ -41,6 +41,11 @@ static inline V16 keep_below(V16 x, int n, V16 fill) {
   __mmask16 m = n >= 16 ? 0xffff : static_cast<__mmask16>((1u << n) - 1);
   return {_mm512_mask_mov_ps(fill.a, m, x.a)};
 }
+// Bit i: lane i of x is at most that of y (false where either is NaN).
+static inline unsigned mask_le(V16 x, V16 y) { return _mm512_cmp_ps_mask(x.a, y.a, _CMP_LE_OQ); }
+static inline V16 finite_or_zero(V16 x) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(_mm512_abs_ps(x.a), _mm512_set1_ps(3.402823466e38f), _CMP_LE_OQ), x.a)};
+}
 
 #elif SIMD_LEVEL == 3
 struct V16 {
@@ -109,6 +114,17 @@ static inline V16 keep_below(V16 x, int n, V16 fill) {
   __m256 hi = _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(n - 8), lane));
   return {_mm256_blendv_ps(fill.a, x.a, lo), _mm256_blendv_ps(fill.b, x.b, hi)};
 }
+// Bit i: lane i of x is at most that of y (false where either is NaN).
+static inline unsigned mask_le(V16 x, V16 y) {
+  unsigned lo = static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(x.a, y.a, _CMP_LE_OQ)));
+  unsigned hi = static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(x.b, y.b, _CMP_LE_OQ)));
+  return lo | hi << 8;
+}
+static inline __m256 finite_or_zero(__m256 x) {
+  __m256 magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x);
+  return _mm256_and_ps(x, _mm256_cmp_ps(magnitude, _mm256_set1_ps(3.402823466e38f), _CMP_LE_OQ));
+}
+static inline V16 finite_or_zero(V16 x) { return {finite_or_zero(x.a), finite_or_zero(x.b)}; }
 
 #else  // any machine: plain loops that the compiler vectorises for its baseline
 struct V16 {
@@ -182,6 +198,13 @@ static inline V16 scale_by_power_of_2(V16 x, V16 n) {
 }
 // Lanes below n keep their value, the others become `fill`.
 static inline V16 keep_below(V16 x, int n, V16 fill) { EACH_LANE(i < n ? x.f[i] : fill.f[i]); }
+// Bit i: lane i of x is at most that of y (false where either is NaN).
+static inline unsigned mask_le(V16 x, V16 y) {
+  unsigned mask = 0;
+  for (int i = 0; i < 16; i++) mask |= static_cast<unsigned>(x.f[i] <= y.f[i]) << i;
+  return mask;
+}
+static inline V16 finite_or_zero(V16 x) { EACH_LANE(ensemble_decode::finite_or_zero(x.f[i])); }
 #undef EACH_LANE
 #endif
 

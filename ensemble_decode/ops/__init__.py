@@ -2,7 +2,7 @@
 
 from . import reference, reference_layers
 from .decoder_layer import decoder_layer, pack_gate_up
-from .ensemble_sample import EnsembleSample, combine, ensemble_sample
+from .ensemble_sample import EnsembleSample, combine, ensemble_logprob, ensemble_sample
 from .linear import linear, pack_weight
 from .lora import lora_, pack_lora_b
 from .paged_attention import new_caches, paged_attention
@@ -13,6 +13,7 @@ __all__ = [
     "EnsembleSample",
     "combine",
     "decoder_layer",
+    "ensemble_logprob",
     "ensemble_sample",
     "linear",
     "lora_",

@@ -126,8 +126,8 @@ def ensemble_sample(
     logprob = torch.full((batch,), math.nan, device=target.device)
     target_logprob = logprob.clone()
     for row in range(batch):
-        invalid = z[row].isnan().any() or (z[row] == math.inf).any() or (score[row] == -math.inf).all()
-        if invalid:
+        # A score can also overflow, with a huge α: such a row has no distribution either.
+        if not (z[row] < math.inf).all() or not -math.inf < score[row].max() < math.inf:
             continue
         keep = kept(
             target_score[row] if nucleus == "target" else score[row], int(top_k[row]), float(top_p[row]), float(min_p[row])

@@ -1,0 +1,465 @@
+// ensemble_sample and combine on a CPU: one read of the logits, then Gumbel-max and a check (see docs of the contract).
+//
+// A row is cut into blocks of 256 tokens. One visit of a block reads its logits, writes its scores to a scratch row,
+// and leaves the block's maximum and its sum of exponentials (relative to that maximum). What follows touches only
+// tokens that can be kept: none below a bound that no kept token can lie under. Blocks are the unit that threads share,
+// and every sum over blocks goes in their order, so no result depends on the number of threads.
+
+constexpr int64_t kSampleBlock = 256;
+constexpr float kLargestFloat = 3.402823466e38f;
+#define NO_TOKEN (-__builtin_inff())
+
+struct BlockSums {
+  float max, sum;                // of scores s; sum of exp(s - max)
+  float target_max, target_sum;  // of t = z / T
+};
+
+// Scratch of one row. `filter` is what the filters look at: `score`, or `target` for the target's nucleus.
+struct RowScratch {
+  float* score;
+  float* target;
+  BlockSums* blocks;
+  // Candidates, in the order of their ids.
+  int32_t* id;
+  float *candidate_filter, *candidate_score, *mass, *weight, *noise;
+};
+
+static inline int64_t sample_blocks(int64_t vocab) { return (vocab + kSampleBlock - 1) / kSampleBlock; }
+
+static inline int64_t scratch_floats(int64_t vocab) {
+  int64_t padded = sample_blocks(vocab) * kSampleBlock;
+  return 8 * padded + sample_blocks(vocab) * 4;
+}
+
+static inline RowScratch scratch_at(float* memory, int64_t vocab) {
+  int64_t padded = sample_blocks(vocab) * kSampleBlock;
+  RowScratch scratch;
+  scratch.score = memory;
+  scratch.target = memory + padded;
+  scratch.candidate_filter = memory + 2 * padded;
+  scratch.candidate_score = memory + 3 * padded;
+  scratch.mass = memory + 4 * padded;
+  scratch.weight = memory + 5 * padded;
+  scratch.noise = memory + 6 * padded;
+  scratch.id = reinterpret_cast<int32_t*>(memory + 7 * padded);
+  scratch.blocks = reinterpret_cast<BlockSums*>(memory + 8 * padded);
+  return scratch;
+}
+
+constexpr int kMaxPairs = 64;
+
+// A row's inputs: only the pairs that are on.
+template <typename T>
+struct RowInput {
+  const T* target;
+  const T* expert[kMaxPairs];
+  const T* anti[kMaxPairs];
+  float alpha[kMaxPairs];
+  int pairs;
+};
+
+template <typename T>
+static inline RowInput<T> row_input(const SampleArgs& args, int64_t row) {
+  RowInput<T> in;
+  in.target = static_cast<const T*>(args.target) + row * args.target_stride;
+  in.pairs = 0;
+  for (int64_t p = 0; p < args.pairs; p++) {
+    float alpha = args.alpha[row * args.alpha_stride + p];
+    if (alpha == 0.0f) continue;
+    in.alpha[in.pairs] = alpha;
+    in.expert[in.pairs] = static_cast<const T*>(args.expert) + p * args.expert_pair_stride + row * args.expert_stride;
+    in.anti[in.pairs] =
+        args.anti ? static_cast<const T*>(args.anti) + p * args.anti_pair_stride + row * args.anti_stride : nullptr;
+    in.pairs++;
+  }
+  return in;
+}
+
+// z + sum of alpha (z+ - z-) of up to sixteen tokens from `at`; lanes from n on hold z = 0.
+template <typename T>
+static inline V16 combined_at(const RowInput<T>& in, int64_t at, int64_t n, V16 z) {
+  V16 c = z;
+  for (int p = 0; p < in.pairs; p++) {
+    V16 d = load_n(in.expert[p] + at, n);
+    if (in.anti[p]) d = d - load_n(in.anti[p] + at, n);
+    c = c + set1(in.alpha[p]) * finite_or_zero(d);
+  }
+  return c;
+}
+
+// One block: scores, maxima, sums of exponentials. False if z holds NaN or +inf.
+template <typename T>
+static inline bool visit_block(const RowInput<T>& in, int64_t vocab, int64_t block, float temperature, bool divide,
+                               bool with_target, bool keep_target, const RowScratch& scratch) {
+  int64_t begin = block * kSampleBlock, size = vocab - begin < kSampleBlock ? vocab - begin : kSampleBlock;
+  float* score = scratch.score + begin;
+  float own_target[kSampleBlock];
+  float* target = keep_target ? scratch.target + begin : own_target;
+  V16 heat = set1(temperature), none = set1(NO_TOKEN), max_s = none, max_t = none, limit = set1(kLargestFloat);
+  unsigned valid = 0xffff;
+  for (int64_t i = 0; i < size; i += 16) {
+    int64_t n = size - i;
+    V16 z = load_n(in.target + begin + i, n);
+    V16 s = combined_at(in, begin + i, n, z);
+    valid &= mask_le(z, limit);
+    if (divide) {
+      s = s / heat;
+      z = z / heat;
+    }
+    if (n < 16) {
+      s = keep_below(s, static_cast<int>(n), none);
+      z = keep_below(z, static_cast<int>(n), none);
+    }
+    store(score + i, s);
+    max_s = max(s, max_s);
+    if (with_target) {
+      store(target + i, z);
+      max_t = max(z, max_t);
+    }
+  }
+  BlockSums sums{largest(max_s), 0.0f, NO_TOKEN, 0.0f};
+  if (sums.max > NO_TOKEN) {
+    V16 total = zero(), top = set1(sums.max);
+    for (int64_t i = 0; i < size; i += 16) total = total + exp(load(score + i) - top);
+    sums.sum = sum(total);
+  }
+  if (with_target) {
+    sums.target_max = largest(max_t);
+    if (sums.target_max > NO_TOKEN) {
+      V16 total = zero(), top = set1(sums.target_max);
+      for (int64_t i = 0; i < size; i += 16) total = total + exp(load(target + i) - top);
+      sums.target_sum = sum(total);
+    }
+  }
+  scratch.blocks[block] = sums;
+  return valid == 0xffff;
+}
+
+struct Total {
+  float max;
+  double sum;  // of exp(x - max)
+};
+
+static inline Total fold(const BlockSums* blocks, int64_t count, bool target) {
+  Total total{NO_TOKEN, 0.0};
+  for (int64_t b = 0; b < count; b++) {
+    float m = target ? blocks[b].target_max : blocks[b].max;
+    total.max = m > total.max ? m : total.max;
+  }
+  if (!(total.max > NO_TOKEN)) return total;
+  for (int64_t b = 0; b < count; b++) {
+    float m = target ? blocks[b].target_max : blocks[b].max, s = target ? blocks[b].target_sum : blocks[b].sum;
+    if (s > 0.0f) total.sum += static_cast<double>(s) * __builtin_exp(static_cast<double>(m) - total.max);
+  }
+  return total;
+}
+
+// Tokens of the row whose filter value is at least `bound`, in the order of their ids.
+static inline int64_t gather(const RowScratch& scratch, const float* filter, bool target, int64_t vocab, float bound) {
+  int64_t count = 0;
+  V16 least = set1(bound);
+  for (int64_t b = 0; b < sample_blocks(vocab); b++) {
+    if (!((target ? scratch.blocks[b].target_max : scratch.blocks[b].max) >= bound)) continue;
+    int64_t begin = b * kSampleBlock, end = begin + kSampleBlock < vocab ? begin + kSampleBlock : vocab;
+    for (int64_t i = begin; i < end; i += 16) {
+      unsigned mask = mask_le(least, load(filter + i));
+      while (mask) {
+        int64_t token = i + __builtin_ctz(mask);
+        mask &= mask - 1;
+        scratch.id[count] = static_cast<int32_t>(token);
+        scratch.candidate_filter[count] = filter[token];
+        scratch.candidate_score[count] = scratch.score[token];
+        count++;
+      }
+    }
+  }
+  return count;
+}
+
+static inline uint32_t ordered_bits(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+static inline float from_ordered_bits(uint32_t key) {
+  uint32_t bits = key & 0x80000000u ? key & 0x7fffffffu : ~key;
+  float x;
+  __builtin_memcpy(&x, &bits, 4);
+  return x;
+}
+
+// The k-th largest of n values (1 <= k <= n), by counting bytes from the top: 4 passes, no comparison sort.
+static inline float kth_largest(const float* values, int64_t n, int64_t k) {
+  uint32_t prefix = 0, known = 0;
+  for (int shift = 24; shift >= 0; shift -= 8) {
+    int64_t counts[256] = {};
+    for (int64_t i = 0; i < n; i++) {
+      uint32_t key = ordered_bits(values[i]);
+      if ((key & known) == prefix) counts[(key >> shift) & 255]++;
+    }
+    int byte = 255;
+    for (; k > counts[byte]; byte--) k -= counts[byte];
+    prefix |= static_cast<uint32_t>(byte) << shift;
+    known |= 255u << shift;
+  }
+  return from_ordered_bits(prefix);
+}
+
+// A bound that at least k tokens reach: the k-th largest block maximum. -largest where there are fewer blocks than k.
+static inline float top_k_bound(const RowScratch& scratch, bool target, int64_t blocks, int64_t k, float* values) {
+  if (k > blocks) return -kLargestFloat;
+  for (int64_t b = 0; b < blocks; b++) values[b] = target ? scratch.blocks[b].target_max : scratch.blocks[b].max;
+  float bound = kth_largest(values, blocks, k);
+  return bound > -kLargestFloat ? bound : -kLargestFloat;
+}
+
+// u of n tokens.
+static inline void noise_of(const int32_t* ids, int64_t n, NoiseKey key, float* u) {
+  for (int64_t i = 0; i < n; i++) {
+    uint32_t id = static_cast<uint32_t>(ids[i]);
+    PhiloxWords w = noise_words(id >> 2, key);
+    uint32_t even = id & 2 ? w.word[2] : w.word[0], odd = id & 2 ? w.word[3] : w.word[1];
+    u[i] = uniform(id & 1 ? odd : even);
+  }
+}
+// u of 256 tokens from a multiple of 256 on.
+static inline void noise_of_block(int64_t first, NoiseKey key, float* u) {
+  uint32_t words[4][kSampleBlock / 4];
+  uint32_t quad = static_cast<uint32_t>(first >> 2);
+  for (int i = 0; i < kSampleBlock / 4; i++) {
+    PhiloxWords w = noise_words(quad + static_cast<uint32_t>(i), key);
+    for (int j = 0; j < 4; j++) words[j][i] = w.word[j];
+  }
+  for (int i = 0; i < kSampleBlock / 4; i++)
+    for (int j = 0; j < 4; j++) u[4 * i + j] = uniform(words[j][i]);
+}
+
+// The best of (key, lowest id) so far. `weight` tells cheaply who cannot win: key = s - log(E) with E >= u, so a token
+// with u * exp(best - top) > exp(s - top) is behind. 3e-4 covers the rounding of both sides.
+struct Best {
+  float key, top, threshold;
+  int64_t token;
+  int64_t at;
+};
+static inline void start(Best& best, float top) {
+  best.key = NO_TOKEN;
+  best.top = top;
+  best.threshold = 0.0f;
+  best.token = -1;
+  best.at = -1;
+}
+static inline void offer(Best& best, float score, float u, int64_t token, int64_t at) {
+  float key = score - __builtin_logf(-__builtin_log1pf(-u));
+  if (key > best.key || (key == best.key && token < best.token)) {
+    best.key = key;
+    best.token = token;
+    best.at = at;
+    best.threshold = __builtin_expf(key - best.top) * (1.0f - 3e-4f);
+  }
+}
+
+// No filter at all: every token of the row is a candidate.
+static inline int64_t sample_all(const RowScratch& scratch, int64_t blocks, int64_t vocab, Total total, NoiseKey key) {
+  Best best;
+  start(best, total.max);
+  float u[kSampleBlock];
+  V16 top = set1(total.max);
+  for (int64_t b = 0; b < blocks; b++) {
+    // The smallest u is 2^-33.
+    float most = __builtin_expf(scratch.blocks[b].max - total.max);
+    if (!(scratch.blocks[b].max > NO_TOKEN) || most < best.threshold * 0x1p-33f) continue;
+    int64_t begin = b * kSampleBlock, end = begin + kSampleBlock < vocab ? begin + kSampleBlock : vocab;
+    noise_of_block(begin, key, u);
+    for (int64_t i = begin; i < end; i += 16) {
+      V16 s = load(scratch.score + i);
+      unsigned mask = mask_le(load(u + (i - begin)) * set1(best.threshold), exp(s - top));
+      mask &= mask_le(set1(-kLargestFloat), s);
+      while (mask) {
+        int64_t token = i + __builtin_ctz(mask);
+        mask &= mask - 1;
+        offer(best, scratch.score[token], u[token - begin], token, token);
+      }
+    }
+  }
+  return best.token;
+}
+
+// Everything after the visits of the blocks.
+template <typename T>
+static inline void finish_row(const SampleArgs& args, int64_t row, bool valid, bool with_target,
+                              const RowScratch& scratch) {
+  int64_t vocab = args.vocab, blocks = sample_blocks(vocab);
+  args.token[row] = -1;
+  args.logprob[row] = args.target_logprob[row] = __builtin_nanf("");
+  Total total = fold(scratch.blocks, blocks, false);
+  if (!valid || !(total.max > NO_TOKEN) || !(total.max <= kLargestFloat)) return;
+  Total target_total = with_target ? fold(scratch.blocks, blocks, true) : total;
+  bool by_target = args.nucleus_target && with_target;  // without a pair the two distributions are one
+  const float* filter = by_target ? scratch.target : scratch.score;
+  Total filter_total = by_target ? target_total : total;
+  bool greedy = args.temperature[row] == 0.0f;
+  int64_t k = args.top_k[row];
+  bool use_k = k > 0 && k < vocab;
+  float p = args.top_p[row], min_p = args.min_p[row];
+  NoiseKey key = noise_key(args.seed[row], args.position[row]);
+
+  int64_t token = -1;
+  if (greedy && !by_target) {  // the best token passes every filter
+    for (int64_t b = 0; b < blocks && token < 0; b++) {
+      if (scratch.blocks[b].max != total.max) continue;
+      int64_t i = b * kSampleBlock;
+      while (scratch.score[i] != total.max) i++;
+      token = i;
+    }
+  } else if (!use_k && p >= 1.0f && min_p <= 0.0f && !greedy) {
+    token = sample_all(scratch, blocks, vocab, total, key);
+  } else {
+    // `least` is exact: nothing below it is kept. `bound` is where to begin looking.
+    float least = -kLargestFloat;
+    if (min_p > 0.0f) least = filter_total.max + static_cast<float>(__builtin_log(static_cast<double>(min_p)));
+    float bound = least;
+    if (use_k) {
+      // The k-th value has to be found among all that may be above it, whatever min-p says.
+      bound = top_k_bound(scratch, by_target, blocks, k, scratch.mass);
+    } else if (p < 1.0f) {
+      // All tokens with e^(f - m) <= (1 - p) Z / V together weigh at most (1 - p) Z, so none of them is kept.
+      double cut = (1.0 - static_cast<double>(p)) * filter_total.sum / static_cast<double>(vocab);
+      float floor = filter_total.max + static_cast<float>(__builtin_log(cut * 0.9999)) - 1e-4f;
+      bound = floor > bound ? floor : bound;
+      if (bound > filter_total.max) bound = filter_total.max;
+    }
+    int64_t count = gather(scratch, filter, by_target, vocab, bound);
+    const float* f = scratch.candidate_filter;
+    if (use_k) {
+      float kth = kth_largest(f, count, k < count ? k : count);
+      least = kth > least ? kth : least;
+    }
+    V16 filter_top = set1(filter_total.max);
+    double mass_total = filter_total.sum;
+    for (int64_t i = 0; i < count; i += 16) store(scratch.mass + i, exp(load(f + i) - filter_top));
+    if (use_k && p < 1.0f) {
+      mass_total = 0.0;
+      float kth = least;
+      if (min_p > 0.0f) kth = kth_largest(f, count, k < count ? k : count);
+      for (int64_t i = 0; i < count; i++)
+        if (f[i] >= kth) mass_total += scratch.mass[i];
+    }
+    const float* weight = scratch.mass;
+    float top = filter_total.max;
+    if (by_target) {
+      top = NO_TOKEN;
+      for (int64_t i = 0; i < count; i++)
+        if (f[i] >= least && scratch.candidate_score[i] > top) top = scratch.candidate_score[i];
+      V16 score_top = set1(top);
+      for (int64_t i = 0; i < count; i += 16)
+        store(scratch.weight + i, exp(load(scratch.candidate_score + i) - score_top));
+      weight = scratch.weight;
+    }
+    if (!greedy) noise_of(scratch.id, count, key, scratch.noise);
+    float above = NO_TOKEN;  // candidates at or below it were found outside the nucleus
+    for (;;) {
+      Best best;
+      start(best, top);
+      for (int64_t i = 0; i < count; i++) {
+        if (f[i] < least || !(f[i] > above)) continue;
+        if (greedy) {
+          if (scratch.candidate_score[i] > best.key) {
+            best.key = scratch.candidate_score[i];
+            best.token = scratch.id[i];
+            best.at = i;
+          }
+        } else if (scratch.noise[i] * best.threshold <= weight[i]) {
+          offer(best, scratch.candidate_score[i], scratch.noise[i], scratch.id[i], i);
+        }
+      }
+      token = best.token;
+      if (token < 0 || p >= 1.0f) break;
+      // Kept by top-p iff the tokens strictly above weigh less than p of all.
+      double mass = 0.0;
+      float own = f[best.at];
+      for (int64_t i = 0; i < count; i++)
+        if (f[i] > own) mass += scratch.mass[i];
+      if (mass < static_cast<double>(p) * mass_total) break;
+      above = own;
+    }
+  }
+  if (token < 0) return;
+  args.token[row] = token;
+  args.logprob[row] =
+      static_cast<float>(static_cast<double>(scratch.score[token]) - total.max - __builtin_log(total.sum));
+  if (args.target_is_combined) return;
+  if (!with_target) {
+    args.target_logprob[row] = args.logprob[row];
+    return;
+  }
+  float heat = effective_temperature(args.temperature[row]);
+  T z[16];
+  __builtin_memset(z, 0, sizeof(z));
+  __builtin_memcpy(z, static_cast<const T*>(args.target) + row * args.target_stride + token, sizeof(T));
+  float lanes[16];
+  store(lanes, load(z));
+  float t = lanes[0] / heat;
+  args.target_logprob[row] =
+      static_cast<float>(static_cast<double>(t) - target_total.max - __builtin_log(target_total.sum));
+}
+
+template <typename T>
+static void ensemble_sample(const SampleArgs& args) {
+  int64_t vocab = args.vocab, blocks = sample_blocks(vocab);
+  int threads = threads_for(args.rows * vocab * 4);
+  bool split = args.rows < threads;  // fewer rows than threads: threads share the blocks of each row
+  int scratches = split ? 1 : threads;
+  int64_t floats = (scratch_floats(vocab) + 15) / 16 * 16;
+  float* memory = static_cast<float*>(workspace(static_cast<size_t>(floats * scratches) * sizeof(float)));
+  Counter rows{0};
+  int invalid = 0;
+  parallel(threads, [&](Team& team) {
+    RowScratch scratch = scratch_at(memory + (split ? 0 : team.index) * floats, vocab);
+    int64_t begin = 0, end = args.rows;
+    while (split || take(rows, args.rows, team.size, begin, end)) {
+      for (int64_t row = begin; row < end; row++) {
+        RowInput<T> in = row_input<T>(args, row);
+        float heat = effective_temperature(args.temperature[row]);
+        bool with_target = in.pairs > 0 && !args.target_is_combined;
+        bool keep_target = with_target && args.nucleus_target;
+        Share share = split ? share_of(blocks, 1, team.index, team.size) : Share{0, blocks};
+        bool valid = true;
+        for (int64_t b = share.begin; b < share.end; b++)
+          valid &= visit_block(in, vocab, b, heat, heat != 1.0f, with_target, keep_target, scratch);
+        if (split) {
+          if (!valid) __atomic_store_n(&invalid, 1, __ATOMIC_RELAXED);
+          team.barrier();
+          if (team.index == 0) {
+            finish_row<T>(args, row, __atomic_load_n(&invalid, __ATOMIC_RELAXED) == 0, with_target, scratch);
+            __atomic_store_n(&invalid, 0, __ATOMIC_RELAXED);
+          }
+          team.barrier();
+        } else {
+          finish_row<T>(args, row, valid, with_target, scratch);
+        }
+      }
+      if (split) break;
+    }
+  });
+}
+
+template <typename T>
+static void combine(const SampleArgs& args) {
+  int64_t vocab = args.vocab, blocks = sample_blocks(vocab);
+  int threads = threads_for(args.rows * vocab);
+  Counter work{0};
+  parallel(threads, [&](Team& team) {
+    int64_t begin, end;
+    while (take(work, args.rows * blocks, team.size, begin, end)) {
+      for (int64_t item = begin; item < end; item++) {
+        int64_t row = item / blocks, first = item % blocks * kSampleBlock;
+        int64_t last = first + kSampleBlock < vocab ? first + kSampleBlock : vocab;
+        RowInput<T> in = row_input<T>(args, row);
+        for (int64_t i = first; i < last; i += 16) {
+          V16 z = load_n(in.target + i, last - i);
+          store_n(args.out + row * args.out_stride + i, combined_at(in, i, last - i, z), last - i);
+        }
+      }
+    }
+  });
+}
