@@ -105,6 +105,7 @@ class Scheduler:
     def schedule(self) -> Batch:
         """The next step's work. Empty (no spans) only when nothing is waiting or running."""
         batch = Batch([], [])
+        batch.copies, self._copies = self._copies, []  # asked for by the forks of the step before, computed since
         self._chunks, self._sampled = [], []
         self._taken.clear()
         budget = self.max_num_batched_tokens
@@ -128,7 +129,6 @@ class Scheduler:
             if counts is None or not self._reserve(sequence, counts):
                 break
             budget -= self._add(batch, sequence, counts)
-        batch.copies, self._copies = self._copies, []
         return batch
 
     def update(self, output: StepOutput) -> list[Sequence]:
