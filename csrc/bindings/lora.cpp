@@ -9,17 +9,24 @@ namespace ensemble_decode {
 int64_t check_lora(const char* op, const Tensor& a, const Tensor& b, ScalarType dtype, int64_t in_features,
                    const int64_t* segment_ends, int num_segments, Lora& lora) {
   int64_t out_features = segment_ends[num_segments - 1];
-  check(b.dim() == 3, op, "b is " + shape_of(b) + ", it must be [adapters, out_features, rank]");
+  bool packed = b.dim() == 4;
+  check(packed || b.dim() == 3, op,
+        "b is " + shape_of(b) + ", it must be [adapters, out_features, rank], or packed by pack_lora_b");
   int64_t adapters = b.size(0), rank = b.size(2);
-  check_tensor(op, "b", b, dtype, {adapters, out_features, rank});
+  if (packed)
+    check_tensor(op, "b", b, dtype, {adapters, (out_features + 15) / 16, rank, 16});
+  else
+    check_tensor(op, "b", b, dtype, {adapters, out_features, rank});
   check_tensor(op, "a", a, dtype, {adapters, num_segments * rank, in_features});
   check_contiguous(op, "a", a);
+  check_contiguous(op, "b", b);
   lora.a = a.const_data_ptr();
   lora.b = b.const_data_ptr();
   lora.rank = rank;
-  lora.b_adapter_stride = b.stride(0);
-  lora.b_column_stride = b.stride(1);
-  lora.b_rank_stride = b.stride(2);
+  lora.b_adapter_stride = packed ? b.size(1) * 16 * rank : out_features * rank;
+  lora.b_group_stride = 16 * rank;
+  lora.b_lane_stride = packed ? 1 : rank;
+  lora.b_rank_stride = packed ? 16 : 1;
   lora.segment_ends = segment_ends;
   lora.num_segments = num_segments;
   return adapters;

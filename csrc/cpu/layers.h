@@ -43,11 +43,13 @@ struct LinearArgs {
   bool out_float32;
 };
 
-// One adapter stack of a linear: a [A, segments * rank, K], b [A, N, rank] with free strides over N and rank.
+// One adapter stack of a linear: a [A, segments * rank, K]; b holds column n, rank j of an adapter at
+// n / 16 * b_group_stride + n % 16 * b_lane_stride + j * b_rank_stride: plain [A, N, rank], or packed
+// [A, ceil(N / 16), rank, 16], which is what the kernels read fast.
 struct Lora {
   const void* a;
   const void* b;
-  int64_t rank, b_adapter_stride, b_column_stride, b_rank_stride;
+  int64_t rank, b_adapter_stride, b_group_stride, b_lane_stride, b_rank_stride;
   const int64_t* segment_ends;  // cumulative output widths
   int num_segments;
 };

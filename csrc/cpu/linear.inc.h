@@ -20,8 +20,9 @@ struct Tile {
 template <typename T, int Rows>
 static void linear_tile(const T* group, const Input<T>* x, int64_t x_stride, int64_t steps, float* sums) {
   constexpr int kPer = Step<T>::kPer;
-  const T* w[2] = {group, group + 16 * kPer};
-  dot_tile<T, Rows, 2, kPrefetchBytes>(w, kTileColumns * kPer, x, x_stride, steps, sums, kTileColumns);
+  constexpr int64_t kAhead = kPrefetchBytes / sizeof(T);
+  const T *w[2] = {group, group + 16 * kPer}, *ahead[2] = {w[0] + kAhead, w[1] + kAhead};
+  dot_tile<T, Rows, 2>(w, ahead, kTileColumns * kPer, x, x_stride, steps, sums, kTileColumns);
 }
 
 template <typename T>

@@ -1,13 +1,17 @@
 // Low-rank adapters: y += b (a x), with an adapter of its own, or none, for every row. Both products stay in float32.
 
-// Four products with one row, in the fixed order of 16 lanes and then sum().
+// Four products with one row, in the fixed order of 16 lanes and then sum(). The rows of a are short and come from
+// memory: the next four are asked for on the way.
 template <typename T, typename X>
 static inline void dot4(const T* a, int64_t a_stride, const X* x, int64_t width, float* out) {
   V16 acc[4] = {zero(), zero(), zero(), zero()};
   int64_t i = 0;
   for (; i + 16 <= width; i += 16) {
     V16 v = load(x + i);
-    for (int j = 0; j < 4; j++) acc[j] = fma(load(a + j * a_stride + i), v, acc[j]);
+    for (int j = 0; j < 4; j++) {
+      __builtin_prefetch(a + (j + 4) * a_stride + i);
+      acc[j] = fma(load(a + j * a_stride + i), v, acc[j]);
+    }
   }
   if (i < width) {
     V16 v = load_n(x + i, width - i);
@@ -33,26 +37,30 @@ static inline void lora_down(const Lora& lora, int32_t adapter, const X* x, int6
   for (; j < total; j++) low[j] = dot(a + j * width, x, width);
 }
 
-// Sixteen columns of b low, `count` of them real; all in one segment or not.
+// Sixteen columns of b low from `column` on, `count` of them real.
 template <typename T>
 static inline V16 lora_up(const Lora& lora, int32_t adapter, const float* low, int64_t column, int64_t count) {
   if (count > 16) count = 16;
-  const T* b = static_cast<const T*>(lora.b) + adapter * lora.b_adapter_stride + column * lora.b_column_stride;
+  const T* b = static_cast<const T*>(lora.b) + adapter * lora.b_adapter_stride;
   int segment = 0;
   while (lora.segment_ends[segment] <= column) segment++;
-  V16 result = zero();
-  if (lora.b_column_stride == 1 && lora.segment_ends[segment] >= column + count) {
+  if (lora.b_lane_stride == 1 && column % 16 == 0 && lora.segment_ends[segment] >= column + count) {
     const float* t = low + segment * lora.rank;
-    for (int64_t j = 0; j < lora.rank; j++) result = fma(load_n(b + j * lora.b_rank_stride, count), set1(t[j]), result);
+    const T* group = b + column / 16 * lora.b_group_stride;
+    V16 result = zero();
+    for (int64_t j = 0; j < lora.rank; j++) {
+      __builtin_prefetch(group + 2 * lora.b_group_stride + 16 * j);  // the same half of the next tile's 32 columns
+      result = fma(load(group + 16 * j), set1(t[j]), result);
+    }
     return result;
   }
   float sums[16] = {};
   for (int64_t i = 0; i < count; i++) {
     while (lora.segment_ends[segment] <= column + i) segment++;
     const float* t = low + segment * lora.rank;
+    const T* from = b + (column + i) / 16 * lora.b_group_stride + (column + i) % 16 * lora.b_lane_stride;
     V16 lane = zero();  // the same chain as above, in one lane
-    for (int64_t j = 0; j < lora.rank; j++)
-      lane = fma(load_n(b + i * lora.b_column_stride + j * lora.b_rank_stride, 1), set1(t[j]), lane);
+    for (int64_t j = 0; j < lora.rank; j++) lane = fma(load_n(from + j * lora.b_rank_stride, 1), set1(t[j]), lane);
     float lanes[16];
     store(lanes, lane);
     sums[i] = lanes[0];

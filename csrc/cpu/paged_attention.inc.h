@@ -14,8 +14,13 @@ constexpr int kSplitBlocks = kSplit / kBlockSize;
 constexpr int kMaxRows = 48;  // rows of a tile
 constexpr int kScoreRows = SIMD_LEVEL == 4 ? 6 : SIMD_LEVEL == 3 ? 3 : 1;
 constexpr int kScoreBlocks = SIMD_LEVEL == 4 ? 4 : 2;
+constexpr int kAhead = kScoreBlocks;  // blocks between use and prefetch
 constexpr int kValueRows = SIMD_LEVEL == 4 ? 6 : SIMD_LEVEL == 3 ? 3 : 1;
 constexpr int kValueVectors = SIMD_LEVEL == 4 ? 4 : 2;
+
+// Vectors of sixteen elements in a cache line.
+template <typename T>
+constexpr int kLineVectors = 64 / (16 * static_cast<int>(sizeof(T)));
 
 // out[r][16 v + lane] = sum over keys in their order of p[r][key] * value[key][16 v + lane].
 template <typename T, int Rows, int Vectors, bool Whole>
@@ -26,9 +31,11 @@ static void value_tile(const T* const* blocks, int64_t keys, int64_t head_dim, i
     for (int v = 0; v < Vectors; v++) acc[r][v] = zero();
   for (int64_t first = 0; first < keys; first += kBlockSize) {
     const T* value = blocks[first / kBlockSize];
+    int64_t ahead = blocks[first / kBlockSize + kAhead] - value;
     int64_t last = keys - first < kBlockSize ? keys : first + kBlockSize;
     for (int64_t key = first; key < last; key++, value += head_dim) {
       V16 x[Vectors];
+      for (int v = 0; v < Vectors; v += kLineVectors<T>) __builtin_prefetch(value + ahead + 16 * v);
       for (int v = 0; v < Vectors; v++) x[v] = Whole ? load(value + 16 * v) : load_n(value + 16 * v, lanes);
       for (int r = 0; r < Rows; r++) {
         V16 weight = set1(p[r * kSplit + key]);
@@ -42,7 +49,7 @@ static void value_tile(const T* const* blocks, int64_t keys, int64_t head_dim, i
 
 template <typename T>
 struct AttentionTiles {
-  using Score = void (*)(const T* const*, int64_t, const Input<T>*, int64_t, int64_t, float*, int64_t);
+  using Score = void (*)(const T* const*, const T* const*, int64_t, const Input<T>*, int64_t, int64_t, float*, int64_t);
   using Value = void (*)(const T* const*, int64_t, int64_t, int64_t, const float*, float*, int64_t);
 #if SIMD_LEVEL == 4
 #define ROWS(f, ...) {f<T, 1, __VA_ARGS__>, f<T, 2, __VA_ARGS__>, f<T, 3, __VA_ARGS__>, \
@@ -52,8 +59,8 @@ struct AttentionTiles {
 #else
 #define ROWS(f, ...) {f<T, 1, __VA_ARGS__>}
 #endif
-  static constexpr Score score_many[] = ROWS(dot_tile, kScoreBlocks, 0);
-  static constexpr Score score_one[] = ROWS(dot_tile, 1, 0);
+  static constexpr Score score_many[] = ROWS(dot_tile, kScoreBlocks);
+  static constexpr Score score_one[] = ROWS(dot_tile, 1);
   static constexpr Value value_many[] = ROWS(value_tile, kValueVectors, true);
   static constexpr Value value_one[] = ROWS(value_tile, 1, true);
   static constexpr Value value_rest[] = ROWS(value_tile, 1, false);
@@ -86,19 +93,24 @@ static void attend_split(const Paging& paging, const int32_t* table, int64_t kv_
   int64_t keys = 0;
   for (int r = 0; r < rows; r++) keys = limits[r] > keys ? limits[r] : keys;
   int64_t blocks = (keys + kBlockSize - 1) / kBlockSize;
-  const T *k[kSplitBlocks], *v[kSplitBlocks];
+  // In the order of use: all keys, all values, the first keys of the next kv head (the next work item, as a rule). A
+  // block is too short for the hardware's prefetchers, so each asks for the one kAhead further on.
+  const T* chain[2 * kSplitBlocks + kAhead];
+  const T **k = chain, **v = chain + blocks, **next = v + blocks;
   for (int64_t b = 0; b < blocks; b++) {
     int64_t at = (static_cast<int64_t>(table[first / kBlockSize + b]) * paging.num_kv_heads + kv_head) * block_elements;
     k[b] = static_cast<const T*>(paging.k_cache) + at;
     v[b] = static_cast<const T*>(paging.v_cache) + at;
   }
+  for (int64_t i = 0; i < kAhead; i++)
+    next[i] = k[i < blocks ? i : 0] + (kv_head + 1 < paging.num_kv_heads ? block_elements : 0);
 
   for (int64_t b = 0; b < blocks;) {
     bool many = b + kScoreBlocks <= blocks;
     for (int r = 0; r < rows; r += kScoreRows) {
       int n = rows - r < kScoreRows ? rows - r : kScoreRows;
       (many ? Tiles::score_many : Tiles::score_one)[n - 1](
-          k + b, kBlockSize * kPer, scratch.queries + r * query_stride, query_stride, head_dim / kPer,
+          k + b, k + b + kAhead, kBlockSize * kPer, scratch.queries + r * query_stride, query_stride, head_dim / kPer,
           scratch.scores + r * kSplit + b * kBlockSize, kSplit);
     }
     b += many ? kScoreBlocks : 1;
@@ -129,8 +141,8 @@ static void attend_split(const Paging& paging, const int32_t* table, int64_t kv_
     int n = rows - r < kValueRows ? rows - r : kValueRows;
     const float* p = scratch.scores + r * kSplit;
     for (int64_t d = 0; d < head_dim;) {
-      const T* shifted[kSplitBlocks];
-      for (int64_t b = 0; b < blocks; b++) shifted[b] = v[b] + d;
+      const T* shifted[kSplitBlocks + kAhead];
+      for (int64_t b = 0; b < blocks + kAhead; b++) shifted[b] = v[b] + d;
       bool many = d + 16 * kValueVectors <= head_dim, whole = d + 16 <= head_dim;
       (many ? Tiles::value_many : whole ? Tiles::value_one : Tiles::value_rest)[n - 1](
           shifted, keys, head_dim, head_dim - d, p, sums + r * stride + d, stride);

@@ -227,20 +227,45 @@ static inline void store_n(T* p, V16 v, int64_t n) {
   __builtin_memcpy(p, lanes, static_cast<size_t>(n) * sizeof(T));
 }
 
-// Always the same tree.
+// Reductions go by one tree on every level: lane i with i + 8, then i + 4, i + 2, i + 1.
+#if SIMD_LEVEL == 0
 static inline float sum(V16 v) {
-  float f[16];
-  store(f, v);
   for (int width = 8; width > 0; width /= 2)
-    for (int i = 0; i < width; i++) f[i] += f[i + width];
-  return f[0];
+    for (int i = 0; i < width; i++) v.f[i] += v.f[i + width];
+  return v.f[0];
 }
 static inline float largest(V16 v) {
-  float f[16];
-  store(f, v);
-  for (int i = 1; i < 16; i++) f[0] = f[0] > f[i] ? f[0] : f[i];
-  return f[0];
+  for (int i = 1; i < 16; i++) v.f[0] = v.f[0] > v.f[i] ? v.f[0] : v.f[i];
+  return v.f[0];
 }
+#else
+static inline __m256 low_half(V16 v) {
+#if SIMD_LEVEL == 4
+  return _mm512_castps512_ps256(v.a);
+#else
+  return v.a;
+#endif
+}
+static inline __m256 high_half(V16 v) {
+#if SIMD_LEVEL == 4
+  return _mm512_extractf32x8_ps(v.a, 1);
+#else
+  return v.b;
+#endif
+}
+static inline float sum(V16 v) {
+  __m256 eight = _mm256_add_ps(low_half(v), high_half(v));
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+static inline float largest(V16 v) {
+  __m256 eight = _mm256_max_ps(low_half(v), high_half(v));
+  __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+#endif
 
 // e^x to 2 ulp: e^x = 2^n e^r, |r| <= ln(2) / 2, with the polynomial of Cephes' expf. Underflows to 0 below -104,
 // overflows to infinity, NaN stays NaN.
@@ -332,17 +357,21 @@ struct Step<bfloat16> {
 template <typename T>
 using Input = typename Step<T>::Input;
 
-// out[r][16 c + lane] = sum over steps, in their order, of w[c][step][lane] * x[r][step], from zero. `Prefetch` is how
-// many bytes ahead to ask for the weights (0: not at all).
-template <typename T, int Rows, int Columns, int Prefetch>
-static inline void dot_tile(const T* const* w, int64_t step_stride, const Input<T>* x, int64_t x_stride, int64_t steps,
+// out[r][16 c + lane] = sum over steps, in their order, of w[c][step][lane] * x[r][step], from zero. On the way
+// it asks for as many bytes from ahead[c] on as it reads from w[c].
+template <typename T, int Rows, int Columns>
+static inline void dot_tile(const T* const* w, const T* const* ahead, int64_t step_stride, const Input<T>* x, int64_t x_stride, int64_t steps,
                             float* out, int64_t out_stride) {
   using S = Step<T>;
   V16 acc[Rows][Columns];
   for (int r = 0; r < Rows; r++)
     for (int c = 0; c < Columns; c++) acc[r][c] = zero();
   const T* weights[Columns];
-  for (int c = 0; c < Columns; c++) weights[c] = w[c];
+  int64_t distance[Columns];
+  for (int c = 0; c < Columns; c++) {
+    weights[c] = w[c];
+    distance[c] = ahead[c] - w[c];
+  }
   // A pointer for each third row: x86 addresses the two that follow by base + stride and base + 2 * stride.
   const Input<T>* bases[(Rows + 2) / 3];
   for (int i = 0; i < (Rows + 2) / 3; i++) bases[i] = x + 3 * i * x_stride;
@@ -352,7 +381,7 @@ static inline void dot_tile(const T* const* w, int64_t step_stride, const Input<
 #pragma GCC unroll 8
     for (int c = 0; c < Columns; c++) {
       lanes[c] = S::weights(weights[c]);
-      if (Prefetch > 0) __builtin_prefetch(reinterpret_cast<const char*>(weights[c]) + Prefetch);
+      __builtin_prefetch(weights[c] + distance[c]);
       weights[c] += step_stride;
     }
 #pragma GCC unroll 16

@@ -1,4 +1,4 @@
-"""A whole Llama-shaped decoder layer as one operator: between its parts no Python, and no memory traffic to speak of."""
+"""A whole Llama-shaped decoder layer as one operator: between its parts no Python and hardly any memory traffic."""
 
 from __future__ import annotations
 

@@ -9,10 +9,16 @@ from torch import Tensor
 
 from . import library, reference_layers
 
+#: Columns that lie together in a packed b.
+_LANES = 16
+
 
 def pack_lora_b(b: Tensor) -> Tensor:
-    """A copy of b [A, N, r] whose memory lies as [A, r, N], which the compiled operators read fastest."""
-    return b.detach().transpose(1, 2).contiguous().transpose(1, 2)
+    """b [A, N, r] as the compiled operators read it fastest, [A, ⌈N/16⌉, r, 16]; b itself where there are none."""
+    if not (library.available and b.is_cpu):
+        return b
+    padded = torch.nn.functional.pad(b.detach(), (0, 0, 0, -b.shape[1] % _LANES))
+    return padded.unflatten(1, (-1, _LANES)).transpose(2, 3).contiguous()
 
 
 def lora_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, adapter: Tensor, segments: Sequence[int]) -> None:
@@ -27,7 +33,8 @@ def lora_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, adapter: Tensor, segments:
     a : Tensor
         [A, S·r, K], contiguous: for each of A adapters the down projections of the S merged linears.
     b : Tensor
-        [A, N, r]: the up projections, with the adapter's scale folded in. Fastest from :func:`pack_lora_b`.
+        [A, N, r], contiguous: the up projections, with the adapter's scale folded in; or :func:`pack_lora_b` of it,
+        which is much faster.
     adapter : Tensor
         [T] int32: the row's adapter, −1 for none.
     segments : sequence of int
