@@ -10,6 +10,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from transformers import CONFIG_MAPPING as CONFIGS
 
+# The models here are tiny: threads would only wait for one another.
+torch.set_num_threads(1)
+
 VOCAB = 199  # odd on purpose
 
 _LLAMA = {

@@ -65,6 +65,11 @@ class Runner:
         if len(self.groups) > 1 and placement != "sequential":
             self._place(placement)
 
+    @property
+    def placement(self) -> str:
+        """The placement in use: "sequential" or "lanes"."""
+        return self._lanes.placement
+
     def close(self) -> None:
         self._lanes.close()
 
