@@ -67,7 +67,7 @@ inline Tensor as_rows(const Tensor& t) {
   return torch::stable::view(dense, {width == 0 ? 0 : dense.numel() / width, width});
 }
 
-// Fills `lora` from an adapter stack a [A, segments * rank, in], b [A, out, rank]; returns A.
+// Fills `lora` from the packed factors of a stack of adapters; returns how many there are.
 int64_t check_lora(const char* op, const Tensor& a, const Tensor& b, ScalarType dtype, int64_t in_features,
                    const int64_t* segment_ends, int num_segments, Lora& lora);
 

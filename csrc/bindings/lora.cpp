@@ -8,25 +8,26 @@ namespace ensemble_decode {
 
 int64_t check_lora(const char* op, const Tensor& a, const Tensor& b, ScalarType dtype, int64_t in_features,
                    const int64_t* segment_ends, int num_segments, Lora& lora) {
-  int64_t out_features = segment_ends[num_segments - 1];
-  bool packed = b.dim() == 4;
-  check(packed || b.dim() == 3, op,
-        "b is " + shape_of(b) + ", it must be [adapters, out_features, rank], or packed by pack_lora_b");
-  int64_t adapters = b.size(0), rank = b.size(2);
-  if (packed)
-    check_tensor(op, "b", b, dtype, {adapters, (out_features + 15) / 16, rank, 16});
-  else
-    check_tensor(op, "b", b, dtype, {adapters, out_features, rank});
-  check_tensor(op, "a", a, dtype, {adapters, num_segments * rank, in_features});
+  int64_t per_step = dtype == ScalarType::BFloat16 ? 2 : 1, dims = per_step == 2 ? 5 : 4;
+  for (const Tensor* t : {&a, &b})
+    check(t->dim() == dims, op, "lora factors must come from pack_lora, one is " + shape_of(*t));
+  int64_t adapters = b.size(0), steps = b.size(2), out_features = segment_ends[num_segments - 1];
+  int64_t low_groups = (num_segments * steps * per_step + 15) / 16, groups = (out_features + 15) / 16;
+  int64_t in_steps = (in_features + per_step - 1) / per_step;
+  if (per_step == 2) {
+    check_tensor(op, "packed b", b, dtype, {adapters, groups, steps, 16, 2});
+    check_tensor(op, "packed a", a, dtype, {adapters, low_groups, in_steps, 16, 2});
+  } else {
+    check_tensor(op, "packed b", b, dtype, {adapters, groups, steps, 16});
+    check_tensor(op, "packed a", a, dtype, {adapters, low_groups, in_steps, 16});
+  }
   check_contiguous(op, "a", a);
   check_contiguous(op, "b", b);
   lora.a = a.const_data_ptr();
   lora.b = b.const_data_ptr();
-  lora.rank = rank;
-  lora.b_adapter_stride = packed ? b.size(1) * 16 * rank : out_features * rank;
-  lora.b_group_stride = 16 * rank;
-  lora.b_lane_stride = packed ? 1 : rank;
-  lora.b_rank_stride = packed ? 16 : 1;
+  lora.rank = steps * per_step;
+  lora.in_features = in_features;
+  lora.out_features = out_features;
   lora.segment_ends = segment_ends;
   lora.num_segments = num_segments;
   return adapters;
@@ -61,12 +62,10 @@ void lora_(Tensor y, const Tensor& x, const Tensor& a, const Tensor& b, const Te
   LoraArgs args{};
   args.dtype = dtype_of(op, "x", x);
   args.rows = x.size(0);
-  args.in_features = x.size(1);
-  args.out_features = out_features;
   check_tensor(op, "y", y, x.scalar_type(), {args.rows, out_features});
   check_last_dense(op, "y", y);
   check_last_dense(op, "x", x);
-  int64_t adapters = check_lora(op, a, b, x.scalar_type(), args.in_features, segments.data(),
+  int64_t adapters = check_lora(op, a, b, x.scalar_type(), x.size(1), segments.data(),
                                 static_cast<int>(segments.size()), args.lora);
   args.adapter = check_adapter(op, adapter, args.rows, adapters);
   args.x = x.const_data_ptr();

@@ -32,20 +32,18 @@ template <typename T>
 struct Layer {
   const LayerArgs& args;
   const Paging& paging;
-  int64_t rows, width, q_width, kv_width, intermediate, low_width;
+  int64_t rows, width, q_width, kv_width, intermediate, low_stride;
   AttentionPlan plan;
 
   // Scratch: inputs of the four linears, the low-rank products, and what stays in float32.
   enum { kNorm1, kQkv, kRotary, kAttention, kLowO = kAttention + 2, kO, kNorm2, kGateUp, kLowDown, kDown, kCounters };
   Counter* counters;
   TokenPlace* places;
-  Input<T>*normed, *attended, *product;
-  float *qkv, *residual, *low;
+  Input<T>*normed, *attended, *product, *low;
+  float *qkv, *residual;
   T* q;
   char* attention_memory;
   int64_t attention_bytes;
-
-  int64_t low_of(int linear) const { return args.lora ? args.lora[linear].rank * args.lora[linear].num_segments : 0; }
 
   Layer(const LayerArgs& a, int64_t* first_item, int threads) : args(a), paging(a.paging) {
     rows = paging.num_tokens;
@@ -53,8 +51,11 @@ struct Layer {
     q_width = paging.num_heads * paging.head_dim;
     kv_width = paging.num_kv_heads * paging.head_dim;
     intermediate = args.intermediate;
-    low_width = 0;
-    for (int i = 0; i < 4; i++) low_width = low_of(i) > low_width ? low_of(i) : low_width;
+    low_stride = 0;
+    for (int i = 0; args.lora && i < 4; i++) {
+      int64_t stride = lora_low_stride<T>(args.lora[i]);
+      low_stride = stride > low_stride ? stride : low_stride;
+    }
     plan = plan_attention(paging, first_item, threads);
     attention_bytes = attention_scratch_bytes<T>(paging.head_dim);
     Carver carver{nullptr, 0};
@@ -64,9 +65,9 @@ struct Layer {
       normed = carver.take<Input<T>>(rows * input_stride<T>(width));
       attended = carver.take<Input<T>>(rows * input_stride<T>(q_width));
       product = carver.take<Input<T>>(rows * input_stride<T>(intermediate));
+      low = carver.take<Input<T>>(rows * low_stride);
       qkv = carver.take<float>(rows * (q_width + 2 * kv_width));
       residual = carver.take<float>(rows * width);
-      low = carver.take<float>(rows * low_width);
       q = carver.take<T>(rows * q_width);
       attention_memory = carver.take<char>(attention_bytes * threads);
       plan.partials = carver.take<Partial>(plan.by_split ? plan.items * plan.rows_per_item : 0);
@@ -79,50 +80,52 @@ struct Layer {
     place_tokens(paging, places);
   }
 
+  // f(first, last) for shares of the rows.
   template <typename F>
-  void each_row(Team& team, int counter, const F& f) {
+  void each_share(Team& team, int counter, const F& f) {
     int64_t begin, end;
-    while (take(counters[counter], rows, team.size, begin, end))
-      for (int64_t r = begin; r < end; r++) f(r);
+    while (take(counters[counter], rows, team.size, begin, end)) f(begin, end);
   }
 
-  int32_t adapter_of(int64_t row) const { return args.lora ? args.adapter[row] : -1; }
-
-  void low_products(int linear, int64_t row, const Input<T>* x, int64_t in_features) {
-    int32_t adapter = adapter_of(row);
-    if (adapter >= 0) lora_down<T>(args.lora[linear], adapter, x, in_features, low + row * low_width);
+  void low_products(int linear, int64_t first, int64_t last, const Input<T>* x, int64_t in_features) {
+    if (args.lora)
+      lora_down<T>(args.lora[linear], args.adapter, first, last, x, input_stride<T>(in_features), low, low_stride);
   }
 
-  // Sixteen sums of a tile with their bias and adapter.
-  V16 complete(int linear, V16 sums, const void* bias, int64_t row, int64_t column, int64_t count) const {
-    if (bias) sums = sums + load_n(static_cast<const T*>(bias) + column, count);
-    int32_t adapter = adapter_of(row);
-    if (adapter >= 0) sums = sums + lora_up<T>(args.lora[linear], adapter, low + row * low_width, column, count);
-    return sums;
+  // Adds the adapters' part to the sixteen columns of a tile at `sums`, which are the linear's from `column` on.
+  void add_adapters(int linear, const Tile& tile, int64_t column, int64_t count, float* sums) const {
+    if (args.lora)
+      lora_up<T>(args.lora[linear], args.adapter, tile.row, tile.row + tile.rows, low, low_stride, column, count, sums,
+                 kTileColumns);
   }
 
   // One linear, each sixteen of its outputs given to done(row, column, count, sums).
   template <typename Done>
   void project(Team& team, int counter, int linear, const Input<T>* x, int64_t in_features, const void* packed,
                const void* bias, int64_t out_features, const Done& done) {
+    auto finish = [&](const Tile& tile) {
+      int64_t last = tile.column + kTileColumns < out_features ? tile.column + kTileColumns : out_features;
+      for (int64_t c = tile.column; c < last; c += 16) {
+        float* sums = tile.sums + c - tile.column;
+        add_adapters(linear, tile, c, last - c, sums);
+        V16 add = bias ? load_n(static_cast<const T*>(bias) + c, last - c) : zero();
+        for (int r = 0; r < tile.rows; r++) done(tile.row + r, c, last - c, load(sums + r * kTileColumns) + add);
+      }
+    };
     linear_phase(team, counters[counter], x, input_stride<T>(in_features), rows, static_cast<const T*>(packed),
-                 in_features, out_features, [&](const Tile& tile) {
-                   int64_t last = tile.column + kTileColumns < out_features ? tile.column + kTileColumns : out_features;
-                   for (int r = 0; r < tile.rows; r++)
-                     for (int64_t c = tile.column; c < last; c += 16)
-                       done(tile.row + r, c, last - c,
-                            complete(linear, load(tile.sums + r * kTileColumns + c - tile.column), bias, tile.row + r,
-                                     c, last - c));
-                 });
+                 in_features, out_features, finish);
   }
 
-  void norm(int64_t row, const T* weight, int linear) {
-    Input<T>* out = normed + row * input_stride<T>(width);
-    if (linear == 0)
-      rms_norm_row(static_cast<const T*>(args.hidden) + row * width, weight, width, args.eps, args.weight_offset, out);
-    else
-      rms_norm_row(residual + row * width, weight, width, args.eps, args.weight_offset, out);
-    low_products(linear, row, out, width);
+  // Normalises x, the hidden states or the residual, for the linear that comes next.
+  template <typename In>
+  void norm(Team& team, int counter, const In* x, const void* weight, int linear) {
+    int64_t stride = input_stride<T>(width);
+    each_share(team, counter, [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; r++)
+        rms_norm_row(x + r * width, static_cast<const T*>(weight), width, args.eps, args.weight_offset,
+                     normed + r * stride);
+      low_products(linear, first, last, normed, width);
+    });
   }
 
   // Per-head norm, rotary embedding, and the cache.
@@ -164,35 +167,38 @@ struct Layer {
   // Gate and up columns of the same index come in one tile: [16 gate | 16 up].
   void gate_and_up(Team& team) {
     int64_t stride = input_stride<T>(intermediate);
+    auto finish = [&](const Tile& tile) {
+      int64_t i = tile.column / 2, count = intermediate - i;
+      add_adapters(2, tile, i, count, tile.sums);
+      add_adapters(2, tile, intermediate + i, count, tile.sums + 16);
+      for (int r = 0; r < tile.rows; r++) {
+        const float* sums = tile.sums + r * kTileColumns;
+        V16 gated = activate(load(sums), args.activation) * load(sums + 16);
+        store_n(product + (tile.row + r) * stride + i, gated, count);
+      }
+    };
     linear_phase(team, counters[kGateUp], normed, input_stride<T>(width), rows, static_cast<const T*>(args.gate_up),
-                 width, (intermediate + 15) / 16 * kTileColumns, [&](const Tile& tile) {
-                   int64_t i = tile.column / 2, count = intermediate - i;
-                   for (int r = 0; r < tile.rows; r++) {
-                     int64_t row = tile.row + r;
-                     const float* sums = tile.sums + r * kTileColumns;
-                     V16 gate = complete(2, load(sums), nullptr, row, i, count);
-                     V16 up = complete(2, load(sums + 16), nullptr, row, intermediate + i, count);
-                     store_n(product + row * stride + i, activate(gate, args.activation) * up, count);
-                   }
-                 });
+                 width, (intermediate + 15) / 16 * kTileColumns, finish);
   }
 
   void run(Team& team) {
     const T* hidden = static_cast<const T*>(args.hidden);
     T* out = static_cast<T*>(args.out);
     int64_t qkv_width = q_width + 2 * kv_width, attended_stride = input_stride<T>(q_width);
-    each_row(team, kNorm1, [&](int64_t r) { norm(r, static_cast<const T*>(args.norm1), 0); });
+    norm(team, kNorm1, hidden, args.norm1, 0);
     team.barrier();
     project(team, kQkv, 0, normed, width, args.qkv, args.qkv_bias, qkv_width,
             [&](int64_t r, int64_t c, int64_t n, V16 sums) { store_n(qkv + r * qkv_width + c, sums, n); });
     team.barrier();
-    each_row(team, kRotary, [&](int64_t r) { rotate_and_write(r); });
+    each_share(team, kRotary, [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; r++) rotate_and_write(r);
+    });
     team.barrier();
     attention_phase<T>(team, counters + kAttention, plan, q, q_width, paging.head_dim, attended, attended_stride,
                        attention_scratch<T>(attention_memory + team.index * attention_bytes, paging.head_dim));
     team.barrier();
     if (args.lora) {
-      each_row(team, kLowO, [&](int64_t r) { low_products(1, r, attended + r * attended_stride, q_width); });
+      each_share(team, kLowO, [&](int64_t first, int64_t last) { low_products(1, first, last, attended, q_width); });
       team.barrier();
     }
     project(team, kO, 1, attended, q_width, args.o, args.o_bias, width,
@@ -200,13 +206,13 @@ struct Layer {
               store_n(residual + r * width + c, load_n(hidden + r * width + c, n) + sums, n);
             });
     team.barrier();
-    each_row(team, kNorm2, [&](int64_t r) { norm(r, static_cast<const T*>(args.norm2), 2); });
+    norm(team, kNorm2, residual, args.norm2, 2);
     team.barrier();
     gate_and_up(team);
     team.barrier();
     if (args.lora) {
-      int64_t stride = input_stride<T>(intermediate);
-      each_row(team, kLowDown, [&](int64_t r) { low_products(3, r, product + r * stride, intermediate); });
+      each_share(team, kLowDown,
+                 [&](int64_t first, int64_t last) { low_products(3, first, last, product, intermediate); });
       team.barrier();
     }
     project(team, kDown, 3, product, intermediate, args.down, nullptr, width,

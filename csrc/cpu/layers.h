@@ -43,13 +43,13 @@ struct LinearArgs {
   bool out_float32;
 };
 
-// One adapter stack of a linear: a [A, segments * rank, K]; b holds column n, rank j of an adapter at
-// n / 16 * b_group_stride + n % 16 * b_lane_stride + j * b_rank_stride: plain [A, N, rank], or packed
-// [A, ceil(N / 16), rank, 16], which is what the kernels read fast.
+// One adapter stack of a linear, or of several merged along N. Both factors are packed like a weight, in groups of 16:
+// a [A][ceil(segments * rank / 16)][steps of K][16][step], b [A][ceil(N / 16)][steps of rank][16][step].
 struct Lora {
   const void* a;
   const void* b;
-  int64_t rank, b_adapter_stride, b_group_stride, b_lane_stride, b_rank_stride;
+  int64_t rank;  // a whole number of steps
+  int64_t in_features, out_features;
   const int64_t* segment_ends;  // cumulative output widths
   int num_segments;
 };
@@ -58,7 +58,7 @@ struct LoraArgs {
   DType dtype;
   const void* x;
   void* y;
-  int64_t rows, x_stride, y_stride, in_features, out_features;
+  int64_t rows, x_stride, y_stride;
   Lora lora;
   const int32_t* adapter;
 };

@@ -11,6 +11,18 @@ static inline int threads_for(int64_t multiplications) {
   return useful < threads ? static_cast<int>(useful) : threads;
 }
 
+// Hands out consecutive pieces of a block of memory, each at a cache line; with a null base it only counts.
+struct Carver {
+  char* base;
+  int64_t used;
+  template <typename U>
+  U* take(int64_t count) {
+    U* piece = reinterpret_cast<U*>(base + used);
+    used += (count * static_cast<int64_t>(sizeof(U)) + 63) / 64 * 64;
+    return piece;
+  }
+};
+
 #include "simd.inc.h"
 #include "linear.inc.h"
 #include "lora.inc.h"

@@ -376,18 +376,6 @@ static inline AttentionScratch<T> attention_scratch(char* memory, int64_t head_d
   return scratch;
 }
 
-// Hands out consecutive pieces of a block of memory, each at a cache line; with a null base it only counts.
-struct Carver {
-  char* base;
-  int64_t used;
-  template <typename U>
-  U* take(int64_t count) {
-    U* piece = reinterpret_cast<U*>(base + used);
-    used += (count * static_cast<int64_t>(sizeof(U)) + 63) / 64 * 64;
-    return piece;
-  }
-};
-
 template <typename T>
 static void paged_attention(const AttentionArgs& args) {
   const Paging& paging = args.paging;

@@ -133,13 +133,13 @@ class FusedLayer(nn.Module):
         """Take up the adapters that were put into the linears; zeros where an adapter leaves a linear alone."""
         if all(linear.lora_a is None for linear in self.linears):
             return
-        pool = next(linear.lora_a for linear in self.linears if linear.lora_a is not None)
-        count, rank = pool.shape[0], next(x.lora_b.shape[2] for x in self.linears if x.lora_b is not None)
+        count = next(linear.lora_a for linear in self.linears if linear.lora_a is not None).shape[0]
         self._lora = []
         for linear in self.linears:
             if linear.lora_a is None:
-                linear.lora_a = torch.zeros(count, len(linear.segments) * rank, linear.in_features, dtype=linear.dtype)
-                linear.lora_b = torch.zeros(count, linear.out_features, rank, dtype=linear.dtype)
+                a = torch.zeros(count, len(linear.segments), linear.in_features, dtype=linear.dtype)
+                b = torch.zeros(count, linear.out_features, 1, dtype=linear.dtype)
+                linear.lora_a, linear.lora_b = ops.pack_lora(a, b)
             self._lora += [linear.lora_a, linear.lora_b]
 
     def forward(

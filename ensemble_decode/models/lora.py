@@ -121,4 +121,4 @@ def _put(linear: PackedLinear, adapters: list[Adapter], rank: int, placed: list[
                 b_all[index, start : start + width, : b.shape[1]] = b
                 placed[index].add(name)
             start += width
-    linear.lora_a, linear.lora_b = a_all, ops.pack_lora_b(b_all)
+    linear.lora_a, linear.lora_b = ops.pack_lora(a_all, b_all)

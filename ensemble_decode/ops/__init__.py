@@ -4,7 +4,7 @@ from . import reference, reference_layers
 from .decoder_layer import decoder_layer, pack_gate_up
 from .ensemble_sample import EnsembleSample, combine, ensemble_logprob, ensemble_sample
 from .linear import linear, pack_weight
-from .lora import lora_, pack_lora_b
+from .lora import lora_, pack_lora
 from .paged_attention import new_caches, paged_attention
 from .rms_norm import rms_norm
 from .threads import num_threads, set_num_threads
@@ -20,7 +20,7 @@ __all__ = [
     "new_caches",
     "num_threads",
     "pack_gate_up",
-    "pack_lora_b",
+    "pack_lora",
     "pack_weight",
     "paged_attention",
     "reference",

@@ -79,8 +79,9 @@ def decoder_layer(
     q_norm, k_norm : Tensor or None
         [D]: RMS norm of each query and key head, before the rotary embedding.
     lora : list of Tensor
-        Nothing, or (a, b) as :func:`~ensemble_decode.ops.lora.lora_` takes them, for qkv (3 segments), o, gate_up
-        (2 segments) and down.
+        Nothing, or (a, b) from :func:`~ensemble_decode.ops.lora.pack_lora` for each of qkv (3 segments), o, gate_up
+        (2 segments) and down. Members of an ensemble should lie one after another in T: consecutive rows with the
+        same adapter read it once.
     adapter : Tensor or None
         [T] int32: each row's adapter, −1 for none.
     k_cache, v_cache, query_start, context_len, block_table : Tensor

@@ -9,16 +9,40 @@ from torch import Tensor
 
 from . import library, reference_layers
 
-#: Columns that lie together in a packed b.
+#: Columns that lie together in a packed factor.
 _LANES = 16
 
 
-def pack_lora_b(b: Tensor) -> Tensor:
-    """b [A, N, r] as the compiled operators read it fastest, [A, ⌈N/16⌉, r, 16]; b itself where there are none."""
+def _pack(factor: Tensor) -> Tensor:
+    """[A, n, k] → [A, ⌈n/16⌉, k, 16], in bfloat16 [A, ⌈n/16⌉, ⌈k/2⌉, 16, 2]; padded with zeros."""
+    per_step = 2 if factor.dtype == torch.bfloat16 else 1
+    padded = torch.nn.functional.pad(factor, (0, -factor.shape[2] % per_step, 0, -factor.shape[1] % _LANES))
+    packed = padded.unflatten(1, (-1, _LANES)).unflatten(3, (-1, per_step)).transpose(2, 3).contiguous()
+    return packed if per_step == 2 else packed.squeeze(-1)
+
+
+def pack_lora(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both factors as the compiled operators read them; unchanged where there are none.
+
+    Parameters
+    ----------
+    a : Tensor
+        [A, S·r, K]: for each of A adapters the down projections of the S linears that are merged along N.
+    b : Tensor
+        [A, N, r]: the up projections, with the adapter's scale folded in.
+
+    Returns
+    -------
+    tuple of Tensor
+        (a, b) for :func:`lora_` and for the ``lora`` of :func:`~ensemble_decode.ops.decoder_layer.decoder_layer`.
+    """
     if not (library.available and b.is_cpu):
-        return b
-    padded = torch.nn.functional.pad(b.detach(), (0, 0, 0, -b.shape[1] % _LANES))
-    return padded.unflatten(1, (-1, _LANES)).transpose(2, 3).contiguous()
+        return a, b
+    a, b = a.detach(), b.detach()
+    if b.dtype == torch.bfloat16 and b.shape[2] % 2:  # each segment's rank in whole steps
+        a = torch.nn.functional.pad(a.unflatten(1, (-1, b.shape[2])), (0, 0, 0, 1)).flatten(1, 2)
+        b = torch.nn.functional.pad(b, (0, 1))
+    return _pack(a), _pack(b)
 
 
 def lora_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, adapter: Tensor, segments: Sequence[int]) -> None:
@@ -30,11 +54,8 @@ def lora_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, adapter: Tensor, segments:
         [T, N], last dimension contiguous: the output of a linear, or of several merged along N.
     x : Tensor
         [T, K]: its input.
-    a : Tensor
-        [A, S·r, K], contiguous: for each of A adapters the down projections of the S merged linears.
-    b : Tensor
-        [A, N, r], contiguous: the up projections, with the adapter's scale folded in; or :func:`pack_lora_b` of it,
-        which is much faster.
+    a, b : Tensor
+        From :func:`pack_lora`. (Factors as they were before it work too, and are packed at every call.)
     adapter : Tensor
         [T] int32: the row's adapter, −1 for none.
     segments : sequence of int
@@ -50,6 +71,8 @@ def lora_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, adapter: Tensor, segments:
     ensemble_decode.ops.reference_layers.lora_ : the definition.
     """
     if library.available and x.is_cpu:
+        if b.dim() == 3:
+            a, b = pack_lora(a, b)
         torch.ops.ensemble_decode.lora_(y, x, a, b, adapter, segments)
     else:
         reference_layers.lora_(y, x, a, b, adapter, segments)

@@ -130,7 +130,10 @@ def ensemble_sample(
         if not (z[row] < math.inf).all() or not -math.inf < score[row].max() < math.inf:
             continue
         keep = kept(
-            target_score[row] if nucleus == "target" else score[row], int(top_k[row]), float(top_p[row]), float(min_p[row])
+            target_score[row] if nucleus == "target" else score[row],
+            int(top_k[row]),
+            float(top_p[row]),
+            float(min_p[row]),
         )
         keys = score[row] if greedy[row] else score[row] + noise[row]
         chosen = torch.where(keep, keys, -math.inf).argmax()  # the first of equal ones

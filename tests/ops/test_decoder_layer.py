@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from ensemble_decode.ops import decoder_layer, library, new_caches, pack_gate_up, pack_lora_b, pack_weight
+from ensemble_decode.ops import decoder_layer, library, new_caches, pack_gate_up, pack_lora, pack_weight
 from ensemble_decode.ops.paged_attention import BLOCK_SIZE
 
 from .cpu import DTYPES, needs_library, random, relative_error, threads, variant
@@ -157,7 +157,7 @@ class Layer:
             k, widths = linears[0].weight.shape[1], [x.weight.shape[0] for x in linears]
             a = random(count, len(linears) * rank, k, dtype=dtype, scale=k**-0.5)
             b = random(count, sum(widths), rank, dtype=dtype, scale=rank**-0.5)
-            self.lora += [a, pack_lora_b(b)]
+            self.lora += pack_lora(a, b)
             for index in range(count):
                 for up, down in zip(b[index].split(widths), a[index].split(rank), strict=True):
                     changes[index].append(up.float() @ down.float())

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ensemble_decode.ops import library, lora_, pack_lora_b
+from ensemble_decode.ops import library, lora_, pack_lora
 
 from .cpu import DTYPES, ROUNDING, needs_library, on_one_and_two_threads, random, relative_error, variant
 
@@ -48,7 +48,7 @@ def test_equals_the_dense_product(variant: str, dtype: torch.dtype, case: tuple)
     expected = y.double() + merged(x, a, b, adapter, segments)
     plain, packed = y.clone(), y.clone()
     lora_(plain, x, a, b, adapter, segments)
-    lora_(packed, x, a, pack_lora_b(b), adapter, segments)
+    lora_(packed, x, *pack_lora(a, b), adapter, segments)
     assert relative_error(plain, expected) < ROUNDING[dtype]
     assert torch.equal(plain, packed)
     assert torch.equal(plain[adapter < 0], y[adapter < 0])
@@ -57,11 +57,11 @@ def test_equals_the_dense_product(variant: str, dtype: torch.dtype, case: tuple)
 @needs_library
 def test_a_row_does_not_depend_on_the_others(variant: str) -> None:
     y, x, a, b, adapter, segments = make(CASES[2], torch.float32)
-    packed = pack_lora_b(b)
+    packed = pack_lora(a, b)
 
     def run(rows: slice) -> torch.Tensor:
         out = y[rows].clone()
-        lora_(out, x[rows], a, packed, adapter[rows], segments)
+        lora_(out, x[rows], *packed, adapter[rows], segments)
         return out
 
     batch = on_one_and_two_threads(lambda: run(slice(None)))
@@ -74,8 +74,8 @@ def test_says_what_does_not_fit() -> None:
     y, x, a, b, adapter, segments = make(CASES[1], torch.float32)
     with pytest.raises(RuntimeError, match=r"adapter\[2\] is 3, it must be -1 \(none\) or an index below 3"):
         lora_(y, x, a, b, torch.tensor([0, 1, 3, 0, 0], dtype=torch.int32), segments)
-    with pytest.raises(RuntimeError, match=r"a is \[3, 9, 65\], it must be \[3, 6, 65\]"):
-        lora_(y, x, a, b, adapter, (33, 36))
+    with pytest.raises(RuntimeError, match=r"packed a is \[3, 1, 65, 16\], it must be \[3, 1, 66, 16\]"):
+        lora_(y, torch.cat([x, x[:, :1]], dim=1), a, b, adapter, segments)
     with pytest.raises(RuntimeError, match="segments is empty"):
         lora_(y, x, a, b, adapter, ())
 
@@ -83,12 +83,12 @@ def test_says_what_does_not_fit() -> None:
 @needs_library
 def test_is_a_well_behaved_operator() -> None:
     y, x, a, b, adapter, segments = make(CASES[1], torch.float32)
-    torch.library.opcheck(torch.ops.ensemble_decode.lora_, (y, x, a, pack_lora_b(b), adapter, segments))
+    torch.library.opcheck(torch.ops.ensemble_decode.lora_, (y, x, *pack_lora(a, b), adapter, segments))
 
 
 def test_works_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "available", False)
     y, x, a, b, adapter, segments = make(CASES[1], torch.float32)
     expected = y.double() + merged(x, a, b, adapter, segments)
-    lora_(y, x, a, pack_lora_b(b), adapter, segments)
+    lora_(y, x, *pack_lora(a, b), adapter, segments)
     assert relative_error(y, expected) < ROUNDING[torch.float32]
