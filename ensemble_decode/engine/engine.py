@@ -109,8 +109,8 @@ class Engine:
         request = Request(request_id, text, tokens, params, seed, pairs, RequestMetrics(time.perf_counter()), score_only)
         if params.has_edits:
             request.prompt_set = set(tokens)
-        if score_only:
-            views[0].tokens = tokens[:-1]
+        if score_only and len(tokens) > 1:
+            views[0].tokens = tokens[:-1]  # nothing is asked of the last one
         request.sequences.append(Sequence(request, 0, views))
         self.scheduler.check(request)
         return request

@@ -147,11 +147,14 @@ class SamplingParams:
         return found
 
     @property
+    def has_penalties(self) -> bool:
+        """Whether penalties or a bias change the scores of every token."""
+        return bool(self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty or self.logit_bias)
+
+    @property
     def has_edits(self) -> bool:
-        """Whether anything but α changes the scores."""
-        return bool(
-            self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty or self.logit_bias or self.min_tokens
-        )
+        """Whether anything but α changes the scores, if only of the first tokens."""
+        return self.has_penalties or self.min_tokens > 0
 
 
 def sample_seed(seed: int, index: int) -> int:

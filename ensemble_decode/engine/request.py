@@ -90,6 +90,8 @@ class Sequence:
         banned: tuple[int, ...] = ()
         if len(self.output) < params.min_tokens:
             banned = (() if params.ignore_eos else eos) + tuple(params.stop_token_ids or ())
+        if not banned and not params.has_penalties:
+            return None  # min_tokens has been reached: this row is a plain one from here on
         seen: list[int] = []
         if params.repetition_penalty != 1.0:
             seen = list(self.request.prompt_set | self.counts.keys())

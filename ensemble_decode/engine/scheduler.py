@@ -225,6 +225,8 @@ class Scheduler:
             start, end = view.computed, view.computed + count
             last = end == len(view.tokens)
             complete &= last
+            if count == 0:
+                continue  # the budget ended before this view; the spans of an incomplete chunk are not referred to
             tokens = view.tokens[-1:] if last and count == 1 else view.tokens[start:end]
             batch.spans.append(Span(tokens, start, view.table, view.pools, 1 if last else 0))
             view.computed = end
