@@ -147,12 +147,10 @@ class Judge:
         for row in (got.token != want.token).nonzero().flatten().tolist():
             self.flips += 1
             token = int(got.token[row])
-            assert want.token[row] >= 0 and 0 <= token < score.shape[1], (
-                f"row {row}: token {token}, the reference has {int(want.token[row])}"
-            )
-            assert self._excused(case, row, token, score[row], target_score[row]), (
-                f"row {row}: token {token}, the reference has {int(want.token[row])}, and they are not near a tie"
-            )
+            both = f"row {row}: token {token}, the reference has {int(want.token[row])}"
+            assert want.token[row] >= 0, both
+            assert 0 <= token < score.shape[1], both
+            assert self._excused(case, row, token, score[row], target_score[row]), f"{both}, and they are not near a tie"
         valid = want.token >= 0
         for name, mine, scores in (
             ("logprob", got.logprob, score),
