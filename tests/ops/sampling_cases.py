@@ -150,7 +150,9 @@ class Judge:
             both = f"row {row}: token {token}, the reference has {int(want.token[row])}"
             assert want.token[row] >= 0, both
             assert 0 <= token < score.shape[1], both
-            assert self._excused(case, row, token, score[row], target_score[row]), f"{both}, and they are not near a tie"
+            assert self._excused(case, row, token, score[row], target_score[row]), (
+                f"{both}, and they are not near a tie"
+            )
         valid = want.token >= 0
         for name, mine, scores in (
             ("logprob", got.logprob, score),
