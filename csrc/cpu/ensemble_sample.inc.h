@@ -84,10 +84,10 @@ static inline V16 combined_at(const RowInput<T>& in, int64_t at, int64_t n, V16 
     if (in.anti[p]) d = d - load_n(in.anti[p] + at, n);
     c = c + set1(in.alpha[p]) * finite_or_zero(d);
   }
-  return c;
+  return in.pairs ? masked_by(c, z) : c;  // alpha * d can overflow, and a mask still holds
 }
 
-// One block: scores, maxima, sums of exponentials. False if z holds NaN or +inf.
+// One block: scores, maxima, sums of exponentials. False if a score is NaN or +inf, as it is where z is.
 template <typename T>
 static inline bool visit_block(const RowInput<T>& in, int64_t vocab, int64_t block, float temperature, bool divide,
                                bool with_target, bool keep_target, const RowScratch& scratch) {
@@ -101,7 +101,6 @@ static inline bool visit_block(const RowInput<T>& in, int64_t vocab, int64_t blo
     int64_t n = size - i;
     V16 z = load_n(in.target + begin + i, n);
     V16 s = combined_at(in, begin + i, n, z);
-    valid &= mask_le(z, limit);
     if (divide) {
       s = s / heat;
       z = z / heat;
@@ -110,6 +109,7 @@ static inline bool visit_block(const RowInput<T>& in, int64_t vocab, int64_t blo
       s = keep_below(s, static_cast<int>(n), none);
       z = keep_below(z, static_cast<int>(n), none);
     }
+    valid &= mask_le(s, limit);
     store(score + i, s);
     max_s = max(s, max_s);
     if (with_target) {
@@ -250,6 +250,7 @@ static inline void start(Best& best, float top) {
 }
 static inline void offer(Best& best, float score, float u, int64_t token, int64_t at) {
   float key = score - __builtin_logf(-__builtin_log1pf(-u));
+  if (!(key >= -kLargestFloat)) key = -kLargestFloat;  // u rounded to 1: still a candidate, if it is the only one
   if (key > best.key || (key == best.key && token < best.token)) {
     best.key = key;
     best.token = token;

@@ -43,6 +43,10 @@ static inline V16 keep_below(V16 x, int n, V16 fill) {
 }
 // Bit i: lane i of x is at most that of y (false where either is NaN).
 static inline unsigned mask_le(V16 x, V16 y) { return _mm512_cmp_ps_mask(x.a, y.a, _CMP_LE_OQ); }
+// Lanes of x, but -inf where z is.
+static inline V16 masked_by(V16 x, V16 z) {
+  return {_mm512_mask_mov_ps(x.a, _mm512_cmp_ps_mask(z.a, _mm512_set1_ps(-__builtin_inff()), _CMP_EQ_OQ), z.a)};
+}
 static inline V16 finite_or_zero(V16 x) {
   return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(_mm512_abs_ps(x.a), _mm512_set1_ps(3.402823466e38f), _CMP_LE_OQ), x.a)};
 }
@@ -124,6 +128,12 @@ static inline __m256 finite_or_zero(__m256 x) {
   __m256 magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x);
   return _mm256_and_ps(x, _mm256_cmp_ps(magnitude, _mm256_set1_ps(3.402823466e38f), _CMP_LE_OQ));
 }
+// Lanes of x, but -inf where z is.
+static inline V16 masked_by(V16 x, V16 z) {
+  __m256 none = _mm256_set1_ps(-__builtin_inff());
+  return {_mm256_blendv_ps(x.a, z.a, _mm256_cmp_ps(z.a, none, _CMP_EQ_OQ)),
+          _mm256_blendv_ps(x.b, z.b, _mm256_cmp_ps(z.b, none, _CMP_EQ_OQ))};
+}
 static inline V16 finite_or_zero(V16 x) { return {finite_or_zero(x.a), finite_or_zero(x.b)}; }
 
 #else  // any machine: plain loops that the compiler vectorises for its baseline
@@ -204,6 +214,8 @@ static inline unsigned mask_le(V16 x, V16 y) {
   for (int i = 0; i < 16; i++) mask |= static_cast<unsigned>(x.f[i] <= y.f[i]) << i;
   return mask;
 }
+// Lanes of x, but -inf where z is.
+static inline V16 masked_by(V16 x, V16 z) { EACH_LANE(z.f[i] == -__builtin_inff() ? z.f[i] : x.f[i]); }
 static inline V16 finite_or_zero(V16 x) { EACH_LANE(ensemble_decode::finite_or_zero(x.f[i])); }
 #undef EACH_LANE
 #endif

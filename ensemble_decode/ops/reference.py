@@ -136,7 +136,10 @@ def ensemble_sample(
             float(min_p[row]),
         )
         keys = score[row] if greedy[row] else score[row] + noise[row]
-        chosen = torch.where(keep, keys, -math.inf).argmax()  # the first of equal ones
+        # Noise of −inf (u rounds to 1) must not make a kept token equal to one that is not.
+        chosen = torch.where(
+            keep, keys.clamp(min=torch.finfo(torch.float32).min), -math.inf
+        ).argmax()  # first of equals
         token[row] = chosen
         logprob[row] = score[row].log_softmax(0)[chosen]
         if not target_is_combined:
