@@ -11,6 +11,7 @@ import shutil
 import sys
 import textwrap
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -145,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def load(model: str | None, sides: list[str], dtype: str, max_num_seqs: int) -> LLM:
+def load(model: str | None, sides: Sequence[str], dtype: str, max_num_seqs: int) -> LLM:
     """The target with one pair, named "demo"."""
     from ensemble_decode import LLM, ExpertPair
 
@@ -153,7 +154,8 @@ def load(model: str | None, sides: list[str], dtype: str, max_num_seqs: int) -> 
         from ensemble_decode.models.smollm2 import smollm2_path
 
         model = str(smollm2_path())
-    return LLM(model, pairs={"demo": ExpertPair(*sides)}, dtype=dtype, max_num_seqs=max_num_seqs, max_model_len=1024)
+    pair = ExpertPair(sides[0], sides[1] if len(sides) > 1 else None)
+    return LLM(model, pairs={"demo": pair}, dtype=dtype, max_num_seqs=max_num_seqs, max_model_len=1024)
 
 
 def continue_all(llm: LLM, prompts: list[str], alpha: float, max_tokens: int, seed: int) -> Steered:

@@ -283,10 +283,10 @@ def evaluate(model: PeftModel, tokenizer: Any, args: argparse.Namespace, say: Ca
         if wiki:
             row["wikitext2_raw_perplexity"] = wiki[i]
         rows.append(row)
-        (low, high), (low_odds, high_odds) = row["stereotype_preferred_ci95"], row["log_odds_ci95"]
+        (low, high), (low_odds, high_odds) = interval(prefers), interval(odds[i])
         say(
-            f"{alpha:4.1f}  {row['stereotype_preferred_percent']:8.1f} % [{low:5.1f}, {high:5.1f}]  "
-            f"{row['log_odds']:+6.2f} [{low_odds:+.2f}, {high_odds:+.2f}]  {neutral[i]:11.2f}"
+            f"{alpha:4.1f}  {prefers.mean():8.1f} % [{low:5.1f}, {high:5.1f}]  "
+            f"{odds[i].mean():+6.2f} [{low_odds:+.2f}, {high_odds:+.2f}]  {neutral[i]:11.2f}"
             + (f"  {wiki[i]:12.2f}" if wiki else "")
         )
     for prompt in PROMPTS:
