@@ -64,13 +64,13 @@ def test_page_shows_every_prompt_at_every_alpha(llm, capsys, monkeypatch):
     assert max(map(len, page.splitlines())) <= 120
 
 
-def test_one_batch_and_one_seed_for_each_alpha(llm):
+def test_one_batch_and_the_same_seeds_at_every_alpha(llm):
     demo.run(arguments("--alpha", "0", "3", "--seed", "7", "--max-tokens", "9"))
-    timed = [(prompts, each[0]) for prompts, each in llm.requests if each[0].max_tokens == 9]
-    assert [params.alpha for _, params in timed] == [0.0, 3.0]
-    for prompts, params in timed:
+    timed = [(prompts, each) for prompts, each in llm.requests if each[0].max_tokens == 9]
+    assert [each[0].alpha for _, each in timed] == [0.0, 3.0]
+    for prompts, each in timed:
         assert prompts == list(demo.PROMPTS)
-        assert params.seed == 7
+        assert [params.seed for params in each] == [7, 8, 9, 10, 11]
 
 
 def test_json_is_one_object(llm, capsys):
