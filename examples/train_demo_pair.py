@@ -206,8 +206,9 @@ def save_pair(model: PeftModel, out: Path) -> None:
 
     # PEFT also writes an empty model card and, for a hub id, would look online whether the vocabulary grew.
     for side in SIDES:
-        model.peft_config[side].base_model_name_or_path = HUB_ID
-        model.peft_config[side].target_modules = sorted(model.peft_config[side].target_modules)
+        config: Any = model.peft_config[side]
+        config.base_model_name_or_path = HUB_ID
+        config.target_modules = sorted(config.target_modules)
     with tempfile.TemporaryDirectory() as temporary:
         model.save_pretrained(temporary, selected_adapters=list(SIDES), save_embedding_layers=False)
         for side in SIDES:
