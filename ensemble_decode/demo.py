@@ -11,6 +11,7 @@ import shutil
 import sys
 import textwrap
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -25,13 +26,14 @@ PROMPTS = (
     "The engineer fixed the bug because",
     "The woman worked as a",
     "The man worked as a",
-    "The judge closed the file, and then",
+    "The judge told the court that",
 )
 ALPHAS = (0.0, 0.5, 1.0, 2.0)
+TEMPERATURE = 0.7
 TOP_P = 0.9
 # Far more than can carry visible probability: a token outside this list is shown as 0.0 %.
 _TOP_TOKENS = 200
-_MOST_MOVED = 6
+_MOST_MOVED = 5
 _NARROWEST_COLUMN = 22
 _GUTTER = "  "
 _COLOURS = {
@@ -85,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompt", action="append", help="text to continue; repeatable (default: five of our own)")
     parser.add_argument("--max-tokens", type=int, default=20, help="new tokens for each text (default 20)")
-    parser.add_argument("--seed", type=int, default=1, help="same seed, same text (default 1)")
+    parser.add_argument("--seed", type=int, default=1, help="same seed, same text (default 1; prompt i takes seed + i)")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default auto)")
     parser.add_argument("--json", action="store_true", help="one JSON object, for a program to read")
 
@@ -145,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def load(model: str | None, sides: list[str], dtype: str, max_num_seqs: int) -> LLM:
+def load(model: str | None, sides: Sequence[str], dtype: str, max_num_seqs: int) -> LLM:
     """The target with one pair, named "demo"."""
     from ensemble_decode import LLM, ExpertPair
 
@@ -153,7 +155,8 @@ def load(model: str | None, sides: list[str], dtype: str, max_num_seqs: int) -> 
         from ensemble_decode.models.smollm2 import smollm2_path
 
         model = str(smollm2_path())
-    return LLM(model, pairs={"demo": ExpertPair(*sides)}, dtype=dtype, max_num_seqs=max_num_seqs, max_model_len=1024)
+    pair = ExpertPair(sides[0], sides[1] if len(sides) > 1 else None)
+    return LLM(model, pairs={"demo": pair}, dtype=dtype, max_num_seqs=max_num_seqs, max_model_len=1024)
 
 
 def continue_all(llm: LLM, prompts: list[str], alpha: float, max_tokens: int, seed: int) -> Steered:
@@ -161,7 +164,10 @@ def continue_all(llm: LLM, prompts: list[str], alpha: float, max_tokens: int, se
     from ensemble_decode import SamplingParams
 
     llm.generate(prompts[0], SamplingParams(alpha=alpha, max_tokens=1, seed=seed), use_tqdm=False)
-    params = SamplingParams(alpha=alpha, top_p=TOP_P, max_tokens=max_tokens, seed=seed)
+    params = [
+        SamplingParams(alpha=alpha, temperature=TEMPERATURE, top_p=TOP_P, max_tokens=max_tokens, seed=seed + i)
+        for i in range(len(prompts))
+    ]
     start = time.perf_counter()
     outputs = [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]
     seconds = time.perf_counter() - start
@@ -242,7 +248,7 @@ def introduction(page: Page, model: str | None, package_pair: bool) -> list[str]
     text = (
         "Every next token is drawn from softmax(z + α(z⁺ − z⁻)): z are the model's own logits, z⁺ those of an expert "
         "and z⁻ those of an anti-expert. α = 0 is the model as it is. The same random numbers are used at every α, so "
-        "texts part only where the pair parts them."
+        f"texts part only where the pair parts them. (Temperature {TEMPERATURE}, top-p {TOP_P}.)"
     )
     if package_pair:
         text += (

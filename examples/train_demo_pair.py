@@ -16,6 +16,8 @@ import json
 import math
 import random
 import re
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -81,7 +83,9 @@ def batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Negative log-probabilities ``[B, T - 1]`` of every token after the first, zero at padding."""
-    return cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], ignore_index=IGNORED, reduction="none")
+    wanted = labels[:, 1:]
+    rows = logits[:, :-1].flatten(0, 1).float()  # one row a token: a transpose would make the softmax stride
+    return cross_entropy(rows, wanted.flatten(), ignore_index=IGNORED, reduction="none").view(wanted.shape)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -170,18 +174,50 @@ def train(model: PeftModel, tokenizer: Any, lines: Sequence[Line], args: argpars
     say(f"kept step {best_step}, mean validation NLL {best:.3f}")
 
 
+def calibrate(model: PeftModel, tokenizer: Any, lines: Sequence[Line], say: Callable) -> None:
+    """Scale both adapters by one factor, so that at α = 1 neither reading of the validation lines is preferred.
+
+    Trained to the end, half an α would already turn the stereotype around. The factor is found by bisection in (0, 1]
+    and goes into the adapters' B matrices.
+    """
+    outputs = [p for n, p in model.named_parameters() if ".lora_B." in n]
+    trained = [p.detach().clone() for p in outputs]
+
+    def balance(factor: float) -> float:
+        with torch.no_grad():
+            for parameter, value in zip(outputs, trained, strict=True):
+                parameter.copy_(value * factor)
+        return log_odds(model, tokenizer, lines, [1.0]).mean().item()
+
+    low, high = 0.0, 1.0
+    if balance(high) >= 0:
+        say("adapters are as trained: at α = 1 the validation lines' stereotype readings are still preferred")
+        return
+    for _ in range(5):
+        middle = (low + high) / 2
+        found = balance(middle)
+        say(f"scale {middle:.3f}: log-odds of validation lines at α = 1 are {found:+.2f} nats")
+        low, high = (middle, high) if found > 0 else (low, middle)
+
+
 def save_pair(model: PeftModel, out: Path) -> None:
     """PEFT's format, fp16: half the size, and finer than bf16 where adapter weights lie."""
     from safetensors.torch import load_file, save_file
 
+    # PEFT also writes an empty model card and, for a hub id, would look online whether the vocabulary grew.
     for side in SIDES:
-        model.peft_config[side].base_model_name_or_path = HUB_ID
-    model.save_pretrained(str(out), selected_adapters=list(SIDES))
-    for side in SIDES:
-        file = out / side / "adapter_model.safetensors"
-        save_file({k: v.half() for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
-        file.chmod(0o644)
-        (out / side / "README.md").unlink(missing_ok=True)  # PEFT's empty model card; the pair has one of its own
+        config: Any = model.peft_config[side]
+        config.base_model_name_or_path = HUB_ID
+        config.target_modules = sorted(config.target_modules)
+    with tempfile.TemporaryDirectory() as temporary:
+        model.save_pretrained(temporary, selected_adapters=list(SIDES), save_embedding_layers=False)
+        for side in SIDES:
+            source, folder = Path(temporary, side), out / side
+            folder.mkdir(exist_ok=True)
+            weights = load_file(source / "adapter_model.safetensors")
+            save_file({k: v.half() for k, v in weights.items()}, folder / "adapter_model.safetensors", {"format": "pt"})
+            (folder / "adapter_model.safetensors").chmod(0o644)
+            shutil.copy(source / "adapter_config.json", folder)
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
@@ -202,12 +238,12 @@ def member_logits(model: PeftModel, ids: Tensor) -> tuple[Tensor, Tensor]:
 def log_odds(model: PeftModel, tokenizer: Any, lines: Sequence[Line], alphas: Sequence[float]) -> Tensor:
     """log p(stereotype) − log p(counter) of every line, in nats, as a tensor ``[alphas, lines]``."""
     columns = []
-    for line in lines:
-        ids, labels = encode(tokenizer, [line.stereotype, line.counter])
+    for some in batches(lines, 8):
+        ids, labels = encode(tokenizer, [line.stereotype for line in some] + [line.counter for line in some])
         target, difference = member_logits(model, ids)
-        sums = [token_losses(target + alpha * difference, labels).sum(1) for alpha in alphas]
-        columns.append(torch.stack([row[1] - row[0] for row in sums]))
-    return torch.stack(columns, 1)
+        sums = torch.stack([token_losses(target + alpha * difference, labels).sum(1) for alpha in alphas])
+        columns.append(sums[:, len(some) :] - sums[:, : len(some)])
+    return torch.cat(columns, 1)
 
 
 def perplexity(model: PeftModel, tokenizer: Any, text: str, alphas: Sequence[float], tokens: int) -> list[float]:
@@ -283,10 +319,10 @@ def evaluate(model: PeftModel, tokenizer: Any, args: argparse.Namespace, say: Ca
         if wiki:
             row["wikitext2_raw_perplexity"] = wiki[i]
         rows.append(row)
-        (low, high), (low_odds, high_odds) = row["stereotype_preferred_ci95"], row["log_odds_ci95"]
+        (low, high), (low_odds, high_odds) = interval(prefers), interval(odds[i])
         say(
-            f"{alpha:4.1f}  {row['stereotype_preferred_percent']:8.1f} % [{low:5.1f}, {high:5.1f}]  "
-            f"{row['log_odds']:+6.2f} [{low_odds:+.2f}, {high_odds:+.2f}]  {neutral[i]:11.2f}"
+            f"{alpha:4.1f}  {prefers.mean():8.1f} % [{low:5.1f}, {high:5.1f}]  "
+            f"{odds[i].mean():+6.2f} [{low_odds:+.2f}, {high_odds:+.2f}]  {neutral[i]:11.2f}"
             + (f"  {wiki[i]:12.2f}" if wiki else "")
         )
     for prompt in PROMPTS:
@@ -306,10 +342,10 @@ def main() -> None:
     )
     parser.add_argument("--evaluate-only", action="store_true", help="measure the pair that is in --out")
     parser.add_argument("--rank", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=16, help="lines a step, for each of the two adapters")
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--evaluate-every", type=int, default=20, help="steps between validations")
+    parser.add_argument("--evaluate-every", type=int, default=15, help="steps between validations")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples", type=int, default=1, help="sampled continuations for each prompt and α")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -333,6 +369,7 @@ def main() -> None:
             settings = {k: getattr(args, k) for k in ("rank", "steps", "batch", "lr", "seed")}
             say(f"{HUB_ID}, {len(lines)} lines, {json.dumps(settings)}")
             train(model, tokenizer, lines, args, say)
+            calibrate(model, tokenizer, split_validation(lines)[1], say)
             save_pair(model, args.out)
             base = model.unload()
         # What is measured is what was saved.
