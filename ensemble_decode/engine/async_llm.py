@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,10 +34,8 @@ class _Client:
 
     def put(self, item: RequestOutput | Exception) -> None:
         self.newest = item
-        try:
+        with suppress(RuntimeError):  # the client's event loop is closed: nobody waits for this
             self.loop.call_soon_threadsafe(self.ready.set)
-        except RuntimeError:
-            pass  # the client's event loop is closed: nobody waits for this
 
 
 class AsyncLLM:
@@ -107,10 +106,8 @@ class AsyncLLM:
 
     def abort_soon(self, request_id: str) -> None:
         """:meth:`abort`, from any thread."""
-        try:
+        with suppress(EngineDeadError):  # the request went down with the engine
             self._call(lambda: self._abort(request_id))
-        except EngineDeadError:
-            pass  # it went down with the engine
 
     def shutdown(self, drain: bool = False, timeout: float | None = None) -> None:
         """End the loop: at once, or (``drain``) when every accepted request is done."""
@@ -125,7 +122,9 @@ class AsyncLLM:
     def _call(self, function: Callable[[], None]) -> None:
         with self._lock:
             if self._closing or not self._thread.is_alive():
-                raise EngineDeadError("the engine has been shut down" if self._error is None else "the engine has failed") from self._error
+                raise EngineDeadError(
+                    "the engine has been shut down" if self._error is None else "the engine has failed"
+                ) from self._error
             self._calls.append(function)
             self._lock.notify()
 
@@ -151,14 +150,21 @@ class AsyncLLM:
                 calls, self._calls = self._calls, deque()
             for call in calls:
                 call()
-            cause = EngineDeadError(f"the engine has failed: {self._error!r}" if self._error else "the engine has been shut down")
+            cause = EngineDeadError(
+                f"the engine has failed: {self._error!r}" if self._error else "the engine has been shut down"
+            )
             cause.__cause__ = self._error
             for client in self._clients.values():
                 client.put(cause)
             self._clients.clear()
 
     def _add(
-        self, client: _Client, added: asyncio.Future[str], prompt: Prompt, params: SamplingParams | None, request_id: str | None
+        self,
+        client: _Client,
+        added: asyncio.Future[str],
+        prompt: Prompt,
+        params: SamplingParams | None,
+        request_id: str | None,
     ) -> None:
         def answer(result: str | Exception) -> None:
             if added.cancelled():

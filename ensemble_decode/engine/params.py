@@ -126,7 +126,9 @@ class SamplingParams:
             known = [pair.name for pair in layout.pairs]
             for name in self.alpha:
                 if name not in known:
-                    raise ValueError(f"alpha names the pair {name!r}, known are {', '.join(map(repr, known)) or 'none'}")
+                    raise ValueError(
+                        f"alpha names the pair {name!r}, known are {', '.join(map(repr, known)) or 'none'}"
+                    )
         for name, tokens in (("logit_bias", self.logit_bias or {}), ("stop_token_ids", self.stop_token_ids or [])):
             for token in tokens:
                 if token >= layout.vocab_size:
@@ -149,7 +151,9 @@ class SamplingParams:
     @property
     def has_penalties(self) -> bool:
         """Whether penalties or a bias change the scores of every token."""
-        return bool(self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty or self.logit_bias)
+        return bool(
+            self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty or self.logit_bias
+        )
 
     @property
     def has_edits(self) -> bool:
