@@ -36,20 +36,20 @@ Tensor decoder_layer(const Tensor& hidden, const Tensor& cos, const Tensor& sin,
                      const Tensor& context_len, const Tensor& block_table, int64_t num_heads, int64_t num_kv_heads,
                      int64_t head_dim, int64_t intermediate, double eps, double weight_offset, double scale,
                      int64_t activation) {
-  check(hidden.dim() == 2, op, "hidden is " + shape_of(hidden) + ", it must be [tokens, width]");
+  check(hidden.dim() == 2, op, "hidden is ", hidden, ", it must be [tokens, width]");
   int64_t tokens = hidden.size(0), width = hidden.size(1), q_width = num_heads * head_dim, kv_width = num_kv_heads * head_dim;
   ScalarType dtype = hidden.scalar_type();
   LayerArgs args{};
   args.dtype = dtype_of(op, "hidden", hidden);
   check_contiguous(op, "hidden", hidden);
   check(activation >= 0 && activation <= 2, op,
-        "activation is " + std::to_string(activation) + ", it must be 0 (silu), 1 (gelu_tanh) or 2 (gelu)");
-  check(head_dim <= 1024, op, "head_dim is " + std::to_string(head_dim) + ", it must be at most 1024");
+        "activation is ", activation, ", it must be 0 (silu), 1 (gelu_tanh) or 2 (gelu)");
+  check(head_dim <= 1024, op, "head_dim is ", head_dim, ", it must be at most 1024");
   args.paging = check_paging(op, k_cache, v_cache, query_start, context_len, block_table, dtype, tokens, num_heads,
                              num_kv_heads, head_dim, scale);
 
   check(cos.dim() == 2 && cos.size(1) <= head_dim && cos.size(1) % 2 == 0, op,
-        "cos is " + shape_of(cos) + ", it must be [tokens, rotary_dim], rotary_dim even and at most head_dim");
+        "cos is ", cos, ", it must be [tokens, rotary_dim], rotary_dim even and at most head_dim");
   ScalarType rotary = cos.scalar_type();
   check(rotary == dtype || rotary == ScalarType::Float, op, "cos and sin must be of hidden's dtype or float32");
   check_tensor(op, "cos", cos, rotary, {tokens, cos.size(1)});
@@ -85,7 +85,7 @@ Tensor decoder_layer(const Tensor& hidden, const Tensor& cos, const Tensor& sin,
   int64_t gate_up_ends[] = {intermediate, 2 * intermediate}, down_ends[] = {width};
   if (adapter && !lora.empty()) {
     check(lora.size() == 8, op,
-          "lora has " + std::to_string(lora.size()) + " tensors, it must have 0, or 8: a, b of qkv, o, gate_up, down");
+          "lora has ", lora.size(), " tensors, it must have 0, or 8: a, b of qkv, o, gate_up, down");
     int64_t count = check_lora(op, lora[0], lora[1], dtype, width, qkv_ends, 3, adapters[0]);
     int64_t others[] = {check_lora(op, lora[2], lora[3], dtype, q_width, o_ends, 1, adapters[1]),
                         check_lora(op, lora[4], lora[5], dtype, width, gate_up_ends, 2, adapters[2]),

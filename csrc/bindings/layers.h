@@ -14,16 +14,27 @@ namespace ensemble_decode {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-[[noreturn]] inline void fail(const std::string& message) { throw std::runtime_error(message); }
+inline std::string text(const char* part) { return part; }
+inline std::string text(int64_t part) { return std::to_string(part); }
+inline std::string text(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  std::string s = "[";
+  for (size_t i = 0; i < sizes.size(); i++) s += (i ? ", " : "") + (sizes[i] < 0 ? "any" : std::to_string(sizes[i]));
+  return s + "]";
+}
+inline std::string text(const Tensor& part) { return text(part.sizes()); }
+inline std::string text(const std::string& part) { return part; }
+inline std::string shape_of(const Tensor& t) { return text(t); }
 
-inline void check(bool ok, const char* op, const std::string& message) {
-  if (!ok) fail(std::string(op) + ": " + message);
+[[noreturn]] inline void fail(const std::string& message) { throw std::runtime_error(message); }
+template <typename... Parts>
+[[noreturn]] void fail(const char* op, const Parts&... parts) {
+  fail(std::string(op) + ": " + (text(parts) + ...));
 }
 
-inline std::string shape_of(const Tensor& t) {
-  std::string s = "[";
-  for (int64_t i = 0; i < t.dim(); i++) s += (i ? ", " : "") + std::to_string(t.size(i));
-  return s + "]";
+// The parts of the message (tensors print their shape) become text only where a check fails: a layer makes some forty.
+template <typename... Parts>
+inline void check(bool ok, const char* op, const Parts&... parts) {
+  if (!ok) fail(op, parts...);
 }
 
 inline DType dtype_of(const char* op, const char* name, const Tensor& t) {
@@ -31,32 +42,29 @@ inline DType dtype_of(const char* op, const char* name, const Tensor& t) {
     case ScalarType::Float: return DType::float32;
     case ScalarType::BFloat16: return DType::bfloat16;
     case ScalarType::Half: return DType::float16;
-    default: fail(std::string(op) + ": " + name + " must be float32, bfloat16 or float16");
+    default: fail(op, name, " must be float32, bfloat16 or float16");
   }
 }
 
 // A dense tensor of a given dtype and, where not negative, of given sizes.
 inline void check_tensor(const char* op, const char* name, const Tensor& t, ScalarType dtype,
                          std::initializer_list<int64_t> sizes) {
-  check(t.is_cpu(), op, std::string(name) + " must be on the CPU");
-  check(t.scalar_type() == dtype, op, std::string(name) + " has another dtype than this operator needs of it");
-  bool same = t.dim() == static_cast<int64_t>(sizes.size());
-  std::string expected = "[";
-  int64_t i = 0;
-  for (int64_t size : sizes) {
-    same = same && (size < 0 || t.size(i) == size);
-    expected += (i++ ? ", " : "") + (size < 0 ? std::string("any") : std::to_string(size));
-  }
-  if (!same) fail(std::string(op) + ": " + name + " is " + shape_of(t) + ", it must be " + expected + "]");
+  check(t.is_cpu(), op, name, " must be on the CPU");
+  check(t.scalar_type() == dtype, op, name, " has another dtype than this operator needs of it");
+  auto actual = t.sizes();
+  bool same = actual.size() == sizes.size();
+  const int64_t* expected = sizes.begin();
+  for (size_t i = 0; same && i < sizes.size(); i++) same = expected[i] < 0 || actual[i] == expected[i];
+  check(same, op, name, " is ", t, ", it must be ", torch::headeronly::IntHeaderOnlyArrayRef(expected, sizes.size()));
 }
 
 inline void check_contiguous(const char* op, const char* name, const Tensor& t) {
-  check(t.is_contiguous(), op, std::string(name) + " must be contiguous");
+  check(t.is_contiguous(), op, name, " must be contiguous");
 }
 
 inline void check_last_dense(const char* op, const char* name, const Tensor& t) {
   int64_t last = t.dim() - 1;
-  check(t.size(last) <= 1 || t.stride(last) == 1, op, std::string(name) + " must be contiguous in its last dimension");
+  check(t.size(last) <= 1 || t.stride(last) == 1, op, name, " must be contiguous in its last dimension");
 }
 
 // Rows of the last dimension: [..., width] as [rows, width] with one stride between rows.

@@ -9,7 +9,7 @@ using namespace ensemble_decode;
 
 // [groups, steps, 32] with the elements of a step as a fourth dimension where there are two (bfloat16).
 Tensor pack(const Tensor& weight) {
-  check(weight.dim() == 2, "pack_weight", "weight is " + shape_of(weight) + ", it must be [out_features, in_features]");
+  check(weight.dim() == 2, "pack_weight", "weight is ", weight, ", it must be [out_features, in_features]");
   DType dtype = dtype_of("pack_weight", "weight", weight);
   Tensor rows = as_rows(weight);
   int64_t n = rows.size(0), k = rows.size(1), per_step = elements_per_step(dtype);

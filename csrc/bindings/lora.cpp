@@ -10,7 +10,7 @@ int64_t check_lora(const char* op, const Tensor& a, const Tensor& b, ScalarType 
                    const int64_t* segment_ends, int num_segments, Lora& lora) {
   int64_t per_step = dtype == ScalarType::BFloat16 ? 2 : 1, dims = per_step == 2 ? 5 : 4;
   for (const Tensor* t : {&a, &b})
-    check(t->dim() == dims, op, "lora factors must come from pack_lora, one is " + shape_of(*t));
+    check(t->dim() == dims, op, "lora factors must come from pack_lora, one is ", *t);
   int64_t adapters = b.size(0), steps = b.size(2), out_features = segment_ends[num_segments - 1];
   int64_t low_groups = (num_segments * steps * per_step + 15) / 16, groups = (out_features + 15) / 16;
   int64_t in_steps = (in_features + per_step - 1) / per_step;
@@ -39,8 +39,8 @@ const int32_t* check_adapter(const char* op, const Tensor& adapter, int64_t rows
   const int32_t* index = static_cast<const int32_t*>(adapter.const_data_ptr());
   for (int64_t r = 0; r < rows; r++)
     if (index[r] < -1 || index[r] >= adapters)
-      fail(std::string(op) + ": adapter[" + std::to_string(r) + "] is " + std::to_string(index[r]) +
-           ", it must be -1 (none) or an index below " + std::to_string(adapters));
+      fail(op, "adapter[", r, "] is ", index[r],
+           ", it must be -1 (none) or an index below ", adapters);
   return index;
 }
 
@@ -55,10 +55,10 @@ void lora_(Tensor y, const Tensor& x, const Tensor& a, const Tensor& b, const Te
   check(!segments.empty(), op, "segments is empty, it must list the output width of each merged linear");
   int64_t out_features = 0;
   for (int64_t& width : segments) {
-    check(width > 0, op, "segments holds " + std::to_string(width) + ", every width must be positive");
+    check(width > 0, op, "segments holds ", width, ", every width must be positive");
     width = out_features += width;
   }
-  check(x.dim() == 2, op, "x is " + shape_of(x) + ", it must be [tokens, in_features]");
+  check(x.dim() == 2, op, "x is ", x, ", it must be [tokens, in_features]");
   LoraArgs args{};
   args.dtype = dtype_of(op, "x", x);
   args.rows = x.size(0);

@@ -8,10 +8,10 @@ Paging check_paging(const char* op, const Tensor& k_cache, const Tensor& v_cache
                     const Tensor& context_len, const Tensor& block_table, ScalarType dtype, int64_t tokens,
                     int64_t heads, int64_t kv_heads, int64_t head_dim, double scale) {
   check(kv_heads > 0 && heads % kv_heads == 0, op,
-        "there are " + std::to_string(heads) + " query heads, it must be a multiple of the " +
-            std::to_string(kv_heads) + " key and value heads");
+        "there are ", heads, " query heads, it must be a multiple of the ",
+            kv_heads, " key and value heads");
   check(head_dim > 0 && head_dim % 2 == 0, op,
-        "head_dim is " + std::to_string(head_dim) + ", it must be even and positive");
+        "head_dim is ", head_dim, ", it must be even and positive");
   check_tensor(op, "v_cache", v_cache, dtype, {-1, kv_heads, kBlockSize, head_dim});
   check_contiguous(op, "v_cache", v_cache);
   check(k_cache.is_cpu() && k_cache.scalar_type() == dtype && k_cache.numel() == v_cache.numel(), op,
@@ -41,21 +41,21 @@ Paging check_paging(const char* op, const Tensor& k_cache, const Tensor& v_cache
 
   // A wrong index would read or write foreign memory: what the tables say is checked before anything is touched.
   check(paging.query_start[0] == 0 && paging.query_start[sequences] == tokens, op,
-        "query_start must begin with 0 and end with the number of tokens, " + std::to_string(tokens));
+        "query_start must begin with 0 and end with the number of tokens, ", tokens);
   for (int64_t s = 0; s < sequences; s++) {
     int64_t count = paging.query_start[s + 1] - paging.query_start[s], length = paging.context_len[s];
     int64_t used = (length + kBlockSize - 1) / kBlockSize;
     check(count >= 0, op, "query_start must not decrease");
     if (length < count || used > block_table.size(1))
-      fail(std::string(op) + ": context_len[" + std::to_string(s) + "] is " + std::to_string(length) +
-           ", it must lie between the sequence's " + std::to_string(count) + " new tokens and the " +
-           std::to_string(block_table.size(1) * kBlockSize) + " that its block table can hold");
+      fail(op, "context_len[", s, "] is ", length,
+           ", it must lie between the sequence's ", count, " new tokens and the ",
+           block_table.size(1) * kBlockSize, " that its block table can hold");
     if (count == 0) continue;
     const int32_t* row = paging.block_table + s * paging.table_stride;
     for (int64_t b = 0; b < used; b++)
       if (row[b] < 0 || row[b] >= blocks)
-        fail(std::string(op) + ": block_table[" + std::to_string(s) + ", " + std::to_string(b) + "] is " +
-             std::to_string(row[b]) + ", it must be a block below " + std::to_string(blocks));
+        fail(op, "block_table[", s, ", ", b, "] is ",
+             row[b], ", it must be a block below ", blocks);
   }
   return paging;
 }
