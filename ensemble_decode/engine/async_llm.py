@@ -58,7 +58,8 @@ class AsyncLLM:
         self._lock = threading.Condition()
         self._calls: deque[Callable[[], None]] = deque()  # what the loop's thread does before its next step
         self._clients: dict[str, _Client] = {}
-        self._closing = False
+        self._closing = False  # no new requests
+        self._ended = False  # no more steps
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
@@ -108,7 +109,7 @@ class AsyncLLM:
     def abort_soon(self, request_id: str) -> None:
         """:meth:`abort`, from any thread."""
         try:
-            self._call(lambda: self._abort(request_id))
+            self._call(lambda: self._abort(request_id), while_closing=True)
         except EngineDeadError:
             pass  # it went down with the engine
 
@@ -122,9 +123,9 @@ class AsyncLLM:
         self._thread.join(timeout)
 
     # ── the loop's thread ───────────────────────────────────────────────────────────────────────────────────────────
-    def _call(self, function: Callable[[], None]) -> None:
+    def _call(self, function: Callable[[], None], while_closing: bool = False) -> None:
         with self._lock:
-            if self._closing or not self._thread.is_alive():
+            if self._ended or (self._closing and not while_closing):
                 raise EngineDeadError("the engine has been shut down" if self._error is None else "the engine has failed") from self._error
             self._calls.append(function)
             self._lock.notify()
@@ -147,7 +148,7 @@ class AsyncLLM:
             self._error = error
         finally:
             with self._lock:
-                self._closing = True
+                self._closing = self._ended = True
                 calls, self._calls = self._calls, deque()
             for call in calls:
                 call()
@@ -170,8 +171,8 @@ class AsyncLLM:
 
         result: str | Exception
         try:
-            if self._error is not None:
-                raise EngineDeadError("the engine has failed") from self._error
+            if self._ended:
+                raise EngineDeadError("the engine has been shut down" if self._error is None else "the engine has failed") from self._error
             if len(self.engine.scheduler.waiting) >= self.max_waiting:
                 raise QueueFullError(f"{self.max_waiting} requests are waiting, no more are taken")
             request = self.engine.add_request(prompt, params, request_id)

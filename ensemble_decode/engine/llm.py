@@ -189,8 +189,7 @@ class LLM:
                         done[output.request_id] = output
                         bar.update()
         except BaseException:  # Ctrl-C above all: whatever stops us, the engine is left empty and usable
-            for request in requests:
-                engine.abort(request.request_id)
+            engine.reset()
             raise
         return [done[request.request_id] for request in requests]
 
@@ -229,6 +228,8 @@ def _as_list(prompts: Any) -> list[Prompt]:
 def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
+    if not isinstance(params, list | tuple):
+        raise ValueError(f"params is {params!r}, a SamplingParams or a list of them is allowed")
     listed = list(params)
     if len(listed) != count:
         raise ValueError(f"params is a list of {len(listed)}, allowed is one, or one for each of the {count} prompts")
