@@ -260,9 +260,8 @@ class Engine:
             reader = self._detokenizers[sequence] = Detokenizer(
                 self._decoder(params), sequence.views[0].tokens[: -len(sequence.output) or None], params.stops, params.include_stop_str_in_output
             )
-        # A token that ended the sequence is not part of its text.
-        end = len(sequence.output) - (sequence.finish_reason == "stop")
-        met = reader.push(sequence.output[reader.pushed : end], may_stop=len(sequence.output) >= params.min_tokens)
+        new = sequence.output[reader.pushed : self._text_end(sequence)]
+        met = reader.push(new, may_stop=len(sequence.output) >= params.min_tokens)
         if met is None and sequence.finish_reason == "length":
             met = reader.flush()
         if met is not None:
@@ -312,13 +311,20 @@ class Engine:
         if self.tokenizer is None or not sequence.output:
             return ""
         reader = self._detokenizers.get(sequence)
-        if reader is not None and not sequence.finished:
-            return reader.safe_text
-        output = sequence.output
-        ended_by_token = sequence.finish_reason == "stop" and isinstance(sequence.stop_reason, int)
-        if ended_by_token and not sequence.request.params.include_stop_str_in_output:
-            output = output[:-1]  # the token that ended it is not part of its text
+        if reader is not None:
+            if not sequence.finished:
+                return reader.safe_text
+            reader.push(sequence.output[reader.pushed : self._text_end(sequence)], may_stop=False)
+            reader.flush()
+            return reader.text
+        output = sequence.output[: self._text_end(sequence)]
         return decode_output(self._decoder(sequence.request.params), sequence.request.prompt_token_ids, output)
+
+    @staticmethod
+    def _text_end(sequence: Sequence) -> int:
+        """How many of its tokens are text: not the one that ended it, unless that is asked for."""
+        ended_by_token = sequence.finish_reason == "stop" and isinstance(sequence.stop_reason, int)
+        return len(sequence.output) - (ended_by_token and not sequence.request.params.include_stop_str_in_output)
 
     def _logprobs(self, entry: TokenLogprobs) -> dict[int, Logprob]:
         found = {entry.token: Logprob(entry.logprob, entry.rank, self._token_text(entry.token), entry.target_logprob)}
