@@ -126,7 +126,9 @@ class AsyncLLM:
     def _call(self, function: Callable[[], None], while_closing: bool = False) -> None:
         with self._lock:
             if self._ended or (self._closing and not while_closing):
-                raise EngineDeadError("the engine has been shut down" if self._error is None else "the engine has failed") from self._error
+                raise EngineDeadError(
+                    "the engine has been shut down" if self._error is None else "the engine has failed"
+                ) from self._error
             self._calls.append(function)
             self._lock.notify()
 
@@ -152,14 +154,21 @@ class AsyncLLM:
                 calls, self._calls = self._calls, deque()
             for call in calls:
                 call()
-            cause = EngineDeadError(f"the engine has failed: {self._error!r}" if self._error else "the engine has been shut down")
+            cause = EngineDeadError(
+                f"the engine has failed: {self._error!r}" if self._error else "the engine has been shut down"
+            )
             cause.__cause__ = self._error
             for client in self._clients.values():
                 client.put(cause)
             self._clients.clear()
 
     def _add(
-        self, client: _Client, added: asyncio.Future[str], prompt: Prompt, params: SamplingParams | None, request_id: str | None
+        self,
+        client: _Client,
+        added: asyncio.Future[str],
+        prompt: Prompt,
+        params: SamplingParams | None,
+        request_id: str | None,
     ) -> None:
         def answer(result: str | Exception) -> None:
             if added.cancelled():
@@ -172,7 +181,9 @@ class AsyncLLM:
         result: str | Exception
         try:
             if self._ended:
-                raise EngineDeadError("the engine has been shut down" if self._error is None else "the engine has failed") from self._error
+                raise EngineDeadError(
+                    "the engine has been shut down" if self._error is None else "the engine has failed"
+                ) from self._error
             if len(self.engine.scheduler.waiting) >= self.max_waiting:
                 raise QueueFullError(f"{self.max_waiting} requests are waiting, no more are taken")
             request = self.engine.add_request(prompt, params, request_id)

@@ -26,6 +26,7 @@ __all__ = [
     "TokenLogprobs",
 ]
 
+
 @dataclass(slots=True)
 class Span:
     """Consecutive new tokens of one view of one sequence, computed in one step by each of ``pools``.

@@ -18,7 +18,9 @@ def decoder(tokenizer: Any, skip_special_tokens: bool) -> Decode:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         return lambda ids: backend.decode(ids, skip_special_tokens=skip_special_tokens)
-    return lambda ids: tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+    return lambda ids: tokenizer.decode(
+        ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+    )
 
 
 def decode_output(decode: Decode, prompt: list[int], output: list[int]) -> str:
@@ -40,7 +42,9 @@ class Detokenizer:
         The text ends before the first of these (or with it, if ``include_stop``).
     """
 
-    def __init__(self, decode: Decode, prompt: list[int], stops: tuple[str, ...] = (), include_stop: bool = False) -> None:
+    def __init__(
+        self, decode: Decode, prompt: list[int], stops: tuple[str, ...] = (), include_stop: bool = False
+    ) -> None:
         self._decode = decode
         self._ids = prompt[-_CONTEXT:]
         self._shown = len(self._ids)  # ids whose text is complete

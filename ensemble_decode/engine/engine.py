@@ -70,7 +70,12 @@ class Engine:
 
     # ── requests ────────────────────────────────────────────────────────────────────────────────────────────────────
     def add_request(
-        self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None, *, score_only: bool = False
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        score_only: bool = False,
     ) -> Request:
         """Check a request and queue it.
 
@@ -104,9 +109,13 @@ class Engine:
         text, tokens, own_prompts = self._prompt(prompt)
         views, pairs = self._views(tokens, text, own_prompts, params)
         if len(views) > 1 and (score_only or params.prompt_logprobs is not None):
-            raise ValueError("prompt_logprobs and score need every model to see the same tokens, pairs of prompts do not")
+            raise ValueError(
+                "prompt_logprobs and score need every model to see the same tokens, pairs of prompts do not"
+            )
         seed = self._random.getrandbits(63) if params.seed is None else params.seed
-        request = Request(request_id, text, tokens, params, seed, pairs, RequestMetrics(time.perf_counter()), score_only)
+        request = Request(
+            request_id, text, tokens, params, seed, pairs, RequestMetrics(time.perf_counter()), score_only
+        )
         if params.has_edits:
             request.prompt_set = set(tokens)
         if score_only and len(tokens) > 1:
@@ -135,7 +144,9 @@ class Engine:
             raise ValueError("prompt is empty, at least one token is needed")
         for token in prompt:
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.layout.vocab_size:
-                raise ValueError(f"prompt holds the token {token!r}, allowed are integers 0 … {self.layout.vocab_size - 1}")
+                raise ValueError(
+                    f"prompt holds the token {token!r}, allowed are integers 0 … {self.layout.vocab_size - 1}"
+                )
         return None, list(prompt), own
 
     def _own_prompts(self, value: Any) -> dict[str, dict[str, str]]:
@@ -144,15 +155,21 @@ class Engine:
             raise ValueError(f"pair_prompts is {value!r}, a dict of pair name to prompts is allowed")
         for name, sides in value.items():
             if name not in known:
-                raise ValueError(f"pair_prompts names {name!r}, pairs of prompts are {', '.join(sorted(map(repr, known))) or 'none'}")
+                raise ValueError(
+                    f"pair_prompts names {name!r}, pairs of prompts are {', '.join(sorted(map(repr, known))) or 'none'}"
+                )
             known_sides = isinstance(sides, Mapping) and not set(sides) - {"expert", "anti_expert"}
             if not known_sides or not all(isinstance(text, str) for text in sides.values()):
-                raise ValueError(f"pair_prompts[{name!r}] is {sides!r}, a dict of strings for 'expert' and 'anti_expert' is allowed")
+                raise ValueError(
+                    f"pair_prompts[{name!r}] is {sides!r}, a dict of strings for 'expert' and 'anti_expert' is allowed"
+                )
         return {name: dict(sides) for name, sides in value.items()}
 
     def _tokenize(self, text: str) -> list[int]:
         if self.tokenizer is None:
-            raise ValueError("prompt is a string, but the model folder has no tokenizer: a list of token ids is allowed")
+            raise ValueError(
+                "prompt is a string, but the model folder has no tokenizer: a list of token ids is allowed"
+            )
         try:
             text.encode()
         except UnicodeEncodeError as error:  # half of a surrogate pair, which is no text
@@ -182,7 +199,10 @@ class Engine:
         pairs = []
         for index, alpha in alphas.items():
             pair = self.layout.pairs[index]
-            expert, anti = place_of(pair.expert_view, pair.name, "expert"), place_of(pair.anti_expert_view, pair.name, "anti_expert")
+            expert, anti = (
+                place_of(pair.expert_view, pair.name, "expert"),
+                place_of(pair.anti_expert_view, pair.name, "anti_expert"),
+            )
             pairs.append(ActivePair(index, alpha, expert, anti))
         return views, pairs
 
@@ -258,7 +278,10 @@ class Engine:
         reader = self._detokenizers.get(sequence)
         if reader is None:
             reader = self._detokenizers[sequence] = Detokenizer(
-                self._decoder(params), sequence.views[0].tokens[: -len(sequence.output) or None], params.stops, params.include_stop_str_in_output
+                self._decoder(params),
+                sequence.views[0].tokens[: -len(sequence.output) or None],
+                params.stops,
+                params.include_stop_str_in_output,
             )
         new = sequence.output[reader.pushed : self._text_end(sequence)]
         met = reader.push(new, may_stop=len(sequence.output) >= params.min_tokens)
@@ -299,7 +322,9 @@ class Engine:
             self._text(sequence),
             list(sequence.output),
             sum(entry.logprob for entry in sequence.logprobs) if sequence.logprobs else None,
-            None if sequence.request.params.logprobs is None else [self._logprobs(entry) for entry in sequence.logprobs],
+            None
+            if sequence.request.params.logprobs is None
+            else [self._logprobs(entry) for entry in sequence.logprobs],
             sequence.finish_reason,
             sequence.stop_reason,
             sequence.error,

@@ -139,17 +139,25 @@ class LLM:
         """
         listed = _as_list(prompts)
         each = _one_each(params, len(listed))
-        return self._run([(prompt, param, False) for prompt, param in zip(listed, each, strict=True)], "generate", use_tqdm)
+        return self._run(
+            [(prompt, param, False) for prompt, param in zip(listed, each, strict=True)], "generate", use_tqdm
+        )
 
     def chat(
-        self, messages: list[dict[str, str]] | list[list[dict[str, str]]], params: SamplingParams | None = None, *, use_tqdm: bool = True
+        self,
+        messages: list[dict[str, str]] | list[list[dict[str, str]]],
+        params: SamplingParams | None = None,
+        *,
+        use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Answer conversations, formatted by the tokenizer's chat template."""
         if getattr(self.tokenizer, "chat_template", None) is None:
             raise ValueError("chat needs a tokenizer with a chat template, this model has none: use generate")
         assert self.tokenizer is not None
         conversations = [messages] if messages and isinstance(messages[0], dict) else messages
-        ids = [self.tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=False) for c in conversations]
+        ids = [
+            self.tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=False) for c in conversations
+        ]
         return self.generate(ids, params, use_tqdm=use_tqdm)
 
     def score(
@@ -206,7 +214,9 @@ def _num_blocks(ensemble: Ensemble, kv_cache_bytes: int | None, max_num_seqs: in
         most = min(_DEFAULT_KV_BYTES, _free_memory() // 4)
         return min(max(most // per_block, per_sequence), max_num_seqs * per_sequence)
     if isinstance(kv_cache_bytes, bool) or not isinstance(kv_cache_bytes, int) or kv_cache_bytes < per_block:
-        raise ValueError(f"kv_cache_bytes is {kv_cache_bytes!r}, allowed is {per_block} (one block of {BLOCK_SIZE} tokens) or more")
+        raise ValueError(
+            f"kv_cache_bytes is {kv_cache_bytes!r}, allowed is {per_block} (one block of {BLOCK_SIZE} tokens) or more"
+        )
     return kv_cache_bytes // per_block
 
 

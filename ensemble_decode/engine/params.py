@@ -129,7 +129,9 @@ class SamplingParams:
             known = [pair.name for pair in layout.pairs]
             for name in self.alpha:
                 if name not in known:
-                    raise ValueError(f"alpha names the pair {name!r}, known are {', '.join(map(repr, known)) or 'none'}")
+                    raise ValueError(
+                        f"alpha names the pair {name!r}, known are {', '.join(map(repr, known)) or 'none'}"
+                    )
         for name, tokens in (("logit_bias", self.logit_bias or {}), ("stop_token_ids", self.stop_token_ids or [])):
             for token in tokens:
                 if token >= layout.vocab_size:
@@ -152,7 +154,9 @@ class SamplingParams:
     @property
     def has_penalties(self) -> bool:
         """Whether penalties or a bias change the scores of every token."""
-        return bool(self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty or self.logit_bias)
+        return bool(
+            self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty or self.logit_bias
+        )
 
     @property
     def has_edits(self) -> bool:
@@ -170,7 +174,11 @@ def _number(name: str, value: Any, least: float = -math.inf, most: float = math.
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{name} is {value!r}, a number is allowed")
     if not -_FLOAT32_MAX <= value <= _FLOAT32_MAX or not least <= value <= most:
-        bounds = "a finite number (of float32)" if math.isinf(least) and math.isinf(most) else f"a finite number (of float32) from {least:g}"
+        bounds = (
+            "a finite number (of float32)"
+            if math.isinf(least) and math.isinf(most)
+            else f"a finite number (of float32) from {least:g}"
+        )
         raise ValueError(f"{name} is {value!r}, allowed is {bounds}" + ("" if math.isinf(most) else f" to {most:g}"))
     return value
 

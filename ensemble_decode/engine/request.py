@@ -80,7 +80,8 @@ class Sequence:
     def steering(self, first_span: int) -> tuple[Steering, ...]:
         """The request's pairs, pointing at this sequence's spans, which begin at ``first_span`` in the batch."""
         return tuple(
-            Steering(p.pair, p.alpha, first_span + p.expert_view, first_span + p.anti_expert_view) for p in self.request.pairs
+            Steering(p.pair, p.alpha, first_span + p.expert_view, first_span + p.anti_expert_view)
+            for p in self.request.pairs
         )
 
     def edits(self, eos: tuple[int, ...]) -> Edits | None:

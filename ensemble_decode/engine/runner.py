@@ -20,7 +20,17 @@ import numpy as np
 import torch
 
 from ensemble_decode import ops
-from ensemble_decode.engine.batch import BLOCK_SIZE, Batch, Edits, SampleRow, ScoreRow, Span, Steering, StepOutput, TokenLogprobs
+from ensemble_decode.engine.batch import (
+    BLOCK_SIZE,
+    Batch,
+    Edits,
+    SampleRow,
+    ScoreRow,
+    Span,
+    Steering,
+    StepOutput,
+    TokenLogprobs,
+)
 from ensemble_decode.engine.lanes import PLACEMENTS, Lanes, Placement
 from ensemble_decode.models.ensemble import Ensemble
 from ensemble_decode.models.group import Group, Rows
@@ -210,14 +220,18 @@ class Runner:
         for items in by_pair.values():
             rows = [row for row, _ in items]
             alpha = torch.tensor([item.alpha for _, item in items]).unsqueeze(1)
-            difference = self._difference(hidden, [self._sides(item, spans[row]) for row, item in items], [offsets[r] for r in rows])
+            difference = self._difference(
+                hidden, [self._sides(item, spans[row]) for row, item in items], [offsets[r] for r in rows]
+            )
             if len(rows) == len(spans):
                 h = h + alpha * difference
             else:
                 h = h.index_add(0, torch.tensor(rows), alpha * difference)
         return h.to(dtype)
 
-    def _difference(self, hidden: _Hidden, sides: list[tuple[tuple[int, int], tuple[int, int]]], offsets: list[int]) -> torch.Tensor:
+    def _difference(
+        self, hidden: _Hidden, sides: list[tuple[tuple[int, int], tuple[int, int]]], offsets: list[int]
+    ) -> torch.Tensor:
         """h⁺ − h⁻ in float32, [rows, E]; 0 for a row in which it is not finite, as the contract has it for logits."""
         plus = self._states(hidden, [expert for expert, _ in sides], offsets)
         minus = self._states(hidden, [anti for _, anti in sides], offsets)
@@ -278,18 +292,33 @@ class Runner:
             (whole if needs_target or not self._combines_hidden(row.steering) else plain).append(index)
         for indices, combine in ((plain, True), (whole, False)):
             # Two samplers for the two nuclei: one call each, since "nucleus" is not a parameter of a row.
-            for nucleus, part in itertools.groupby(sorted(indices, key=lambda i: rows[i].nucleus), lambda i: rows[i].nucleus):
+            for nucleus, part in itertools.groupby(
+                sorted(indices, key=lambda i: rows[i].nucleus), lambda i: rows[i].nucleus
+            ):
                 self._sample_part(rows, list(part), nucleus, combine, spans, hidden, output)
         return output
 
     def _sample_part(
-        self, rows: list[SampleRow], indices: list[int], nucleus: str, combine: bool, spans: list[Span], hidden: _Hidden, output: StepOutput
+        self,
+        rows: list[SampleRow],
+        indices: list[int],
+        nucleus: str,
+        combine: bool,
+        spans: list[Span],
+        hidden: _Hidden,
+        output: StepOutput,
     ) -> None:
         part = [rows[i] for i in indices]
-        at, steering, offsets = [row.span for row in part], [row.steering for row in part], [spans[row.span].outputs - 1 for row in part]
+        at, steering, offsets = (
+            [row.span for row in part],
+            [row.steering for row in part],
+            [spans[row.span].outputs - 1 for row in part],
+        )
         expert = anti = alpha = None
         if combine:
-            z = self.ensemble.target.logits(self._combined_hidden(hidden, at, steering, offsets))[:, : self.layout.vocab_size]
+            z = self.ensemble.target.logits(self._combined_hidden(hidden, at, steering, offsets))[
+                :, : self.layout.vocab_size
+            ]
         else:
             z, expert, anti, alpha = self._scores(hidden, at, steering, offsets)
         target = z
@@ -328,7 +357,9 @@ class Runner:
             pick = torch.tensor(wanted)
             scores = (z if expert is None else ops.combine(z, expert, anti, alpha))[pick]
             heat = torch.where(temperature[pick] > 0, temperature[pick], 1.0).unsqueeze(1)
-            entries = _logprobs(scores / heat, target[pick] / heat, [tokens[p] for p in wanted], [part[p].logprobs for p in wanted])
+            entries = _logprobs(
+                scores / heat, target[pick] / heat, [tokens[p] for p in wanted], [part[p].logprobs for p in wanted]
+            )
             for place, entry in zip(wanted, entries, strict=True):
                 output.logprobs[indices[place]] = entry
 
@@ -339,7 +370,9 @@ class Runner:
         for start in range(0, len(row.tokens), _SCORE_ROWS):
             tokens = row.tokens[start : start + _SCORE_ROWS]
             offsets = list(range(start, start + len(tokens)))
-            z, expert, anti, alpha = self._scores(hidden, [row.span] * len(tokens), [row.steering] * len(tokens), offsets)
+            z, expert, anti, alpha = self._scores(
+                hidden, [row.span] * len(tokens), [row.steering] * len(tokens), offsets
+            )
             combined = z if expert is None else ops.combine(z, expert, anti, alpha)
             out += _logprobs(combined, z, tokens, [row.logprobs] * len(tokens))
         return out

@@ -43,7 +43,12 @@ class Scheduler:
     """
 
     def __init__(
-        self, layout: Layout, blocks: BlockManager, max_num_seqs: int, max_num_batched_tokens: int, eos: tuple[int, ...] = ()
+        self,
+        layout: Layout,
+        blocks: BlockManager,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        eos: tuple[int, ...] = (),
     ) -> None:
         self.layout = layout
         self.blocks = blocks
@@ -65,7 +70,9 @@ class Scheduler:
         longest = max(len(view.tokens) for view in views)
         limit = self.layout.max_model_len
         if longest + (not request.score_only) > limit:
-            raise ValueError(f"the prompt has {longest} tokens, allowed are {limit - 1} (max_model_len {limit} less one to generate)")
+            raise ValueError(
+                f"the prompt has {longest} tokens, allowed are {limit - 1} (max_model_len {limit} less one to generate)"
+            )
         new = 0 if request.score_only else request.params.max_tokens
         needed = sum(self.blocks.blocks_for(min(len(view.tokens) + new, limit)) for view in views)
         if needed > self.blocks.num_blocks:
@@ -78,7 +85,9 @@ class Scheduler:
         """Queue a request that was checked."""
         self.waiting.append(request.sequences[0])
 
-    def finish(self, sequence: Sequence, reason: str, stop_reason: int | str | None = None, error: str | None = None) -> None:
+    def finish(
+        self, sequence: Sequence, reason: str, stop_reason: int | str | None = None, error: str | None = None
+    ) -> None:
         """End a sequence, wherever it is, and take its blocks back."""
         if sequence.finished:
             return
@@ -117,7 +126,11 @@ class Scheduler:
                 budget -= self._add(batch, sequence, [1] * len(sequence.views))
         budget = max(budget, BLOCK_SIZE * len(self.layout.views))  # however many decode, prompts go on
         for sequence in prompts:
-            if sequence in self.running and (counts := self._portion(sequence, budget)) and self._reserve(sequence, counts):
+            if (
+                sequence in self.running
+                and (counts := self._portion(sequence, budget))
+                and self._reserve(sequence, counts)
+            ):
                 budget -= self._add(batch, sequence, counts)
         while self.waiting and len(self.running) < self.max_num_seqs and budget > 0:
             sequence = self.waiting[0]

@@ -17,7 +17,14 @@ from ensemble_decode.engine.params import SamplingParams
 from ensemble_decode.models.layout import Layout, PairLayout
 
 #: Token 0 ends a text; the others are pieces of UTF-8, some of them parts of one character only.
-PIECES = [b"", *(bytes([c]) for c in b" abcdefghijklmnopqrstuvwxyz."), b"ab", b"cad", b" the", *(bytes([c]) for c in "é世😀".encode())]
+PIECES = [
+    b"",
+    *(bytes([c]) for c in b" abcdefghijklmnopqrstuvwxyz."),
+    b"ab",
+    b"cad",
+    b" the",
+    *(bytes([c]) for c in "é世😀".encode()),
+]
 EOS = 0
 VOCAB = len(PIECES)
 
@@ -53,7 +60,9 @@ class PieceTokenizer:
             data = data[len(piece) :]
         return SimpleNamespace(input_ids=ids)
 
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = False) -> str:
+    def decode(
+        self, ids: Sequence[int], skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = False
+    ) -> str:
         end = b"" if skip_special_tokens else b"<end>"
         return b"".join(end if i == EOS else PIECES[i] for i in ids).decode("utf-8", "replace")
 
@@ -124,13 +133,17 @@ class FakeRunner:
         assert not {s for s, _ in copies} & {d for _, d in copies}, f"the order of copies would matter: {touched}"
         for source, destination in copies:
             for slots in self._slots:
-                slots[destination * BLOCK_SIZE : (destination + 1) * BLOCK_SIZE] = slots[source * BLOCK_SIZE : (source + 1) * BLOCK_SIZE]
+                slots[destination * BLOCK_SIZE : (destination + 1) * BLOCK_SIZE] = slots[
+                    source * BLOCK_SIZE : (source + 1) * BLOCK_SIZE
+                ]
 
     def _write(self, spans: list[Span]) -> None:
         written: dict[tuple[int, int], int] = {}
         for index, span in enumerate(spans):
             assert span.tokens, "a span without tokens"
-            assert len(span.block_table) * BLOCK_SIZE >= span.start + len(span.tokens), "the block table ends before the span"
+            assert len(span.block_table) * BLOCK_SIZE >= span.start + len(span.tokens), (
+                "the block table ends before the span"
+            )
             assert 0 <= span.outputs <= len(span.tokens)
             assert list(span.pools) == sorted(set(span.pools))
             assert span.pools
@@ -235,7 +248,14 @@ def expected(prompt: list[int], params: SamplingParams, seed: int, index: int = 
             seen = sorted(set(own)) if params.repetition_penalty != 1 else []
             counts = sorted((t, output.count(t)) for t in set(output)) if penalised else []
             bias = sorted((params.logit_bias or {}).items())
-            changes = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty, tuple(seen), tuple(counts), tuple(bias))
+            changes = (
+                params.repetition_penalty,
+                params.presence_penalty,
+                params.frequency_penalty,
+                tuple(seen),
+                tuple(counts),
+                tuple(bias),
+            )
         keys.append((own, tuple(sides), filters, own_seed, len(own), changes))
         token = pick(layout.vocab_size, keys[-1], banned)
         output.append(token)
@@ -247,7 +267,9 @@ def expected(prompt: list[int], params: SamplingParams, seed: int, index: int = 
         found = [(text.find(stop), -len(stop), stop) for stop in params.stops if stop in text]
         if found and len(output) >= params.min_tokens:
             at, _, stop = min(found)
-            return Sample(output, "stop", stop, text[: at + (len(stop) if params.include_stop_str_in_output else 0)], keys)
+            return Sample(
+                output, "stop", stop, text[: at + (len(stop) if params.include_stop_str_in_output else 0)], keys
+            )
         longest = max(len(view) for view in views.values()) + len(output)
         if len(output) == params.max_tokens or longest == layout.max_model_len:
             return Sample(output, "length", None, text, keys)
@@ -283,7 +305,9 @@ def run(engine: Engine, *, stream: bool = False, limit: int = 5000) -> dict[str,
             return done
         for output in engine.step(stream):
             done[output.request_id] = output
-    raise AssertionError(f"{limit} steps and still at work: {len(engine.scheduler.running)} running, {len(engine.scheduler.waiting)} waiting")
+    raise AssertionError(
+        f"{limit} steps and still at work: {len(engine.scheduler.running)} running, {len(engine.scheduler.waiting)} waiting"
+    )
 
 
 def assert_no_leak(engine: Engine) -> None:

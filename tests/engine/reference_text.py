@@ -36,7 +36,12 @@ def next_logits(side: Side, prompt: list[int], output: list[int]) -> torch.Tenso
 
 
 def generate(
-    target: Side, pairs: list[tuple[Side, Side]], alphas: list[float], prompt: list[int], params: SamplingParams, eos: int | None = 2
+    target: Side,
+    pairs: list[tuple[Side, Side]],
+    alphas: list[float],
+    prompt: list[int],
+    params: SamplingParams,
+    eos: int | None = 2,
 ) -> list[int]:
     """Token ids of one sample."""
     output: list[int] = []

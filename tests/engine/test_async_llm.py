@@ -162,7 +162,9 @@ def test_abort_ends_the_stream_with_what_there_is(served):
 
     output = run(client())
     assert output.outputs[0].finish_reason == "abort"
-    assert output.outputs[0].token_ids == expected(ids("the"), params(150), 0).tokens[: len(output.outputs[0].token_ids)]
+    assert (
+        output.outputs[0].token_ids == expected(ids("the"), params(150), 0).tokens[: len(output.outputs[0].token_ids)]
+    )
     gate.open.set()
     idle(served)
 

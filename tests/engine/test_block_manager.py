@@ -109,7 +109,11 @@ class Blocks(RuleBasedStateMachine):
         self.tables: list[tuple[list[int], list[int], tuple[int, ...]]] = []
         self.holds: dict[int, tuple] = {}  # block → the prefix and pools that it was last filled with
 
-    @rule(letters=st.lists(st.integers(0, 2), min_size=1, max_size=5), pools=st.sampled_from([(0,), (0, 1)]), extra=st.integers(0, 3))
+    @rule(
+        letters=st.lists(st.integers(0, 2), min_size=1, max_size=5),
+        pools=st.sampled_from([(0,), (0, 1)]),
+        extra=st.integers(0, 3),
+    )
     def come(self, letters, pools, extra):
         tokens = tokens_of(*letters) + [9] * extra
         free = self.manager.num_free

@@ -79,7 +79,9 @@ def test_preemption_and_arrival_change_nothing(family: str, caching: bool, model
     steer = SamplingParams(temperature=0.0, max_tokens=24, alpha=0.8)
     expected = [generate(Side(path), sides, [0.8], prompt, steer) for prompt in prompts(8)]
     roomy = LLM(path, pairs, dtype="float32")
-    tight = LLM(path, pairs, dtype="float32", kv_cache_bytes=9 * roomy.ensemble.bytes_per_block, enable_prefix_caching=caching)
+    tight = LLM(
+        path, pairs, dtype="float32", kv_cache_bytes=9 * roomy.ensemble.bytes_per_block, enable_prefix_caching=caching
+    )
     for order in (list(range(8)), [5, 2, 7, 0, 3, 6, 1, 4]):
         outputs = tight.generate([prompts(8)[i] for i in order], steer, use_tqdm=False)
         assert [o.outputs[0].token_ids for o in outputs] == [expected[i] for i in order]
@@ -97,7 +99,8 @@ def test_pairs_of_prompts_are_guidance(models: Models) -> None:
         outputs = llm.generate(prompts(), GREEDY, use_tqdm=False)
         # Without a tokenizer "" is the last token of the prompt, as in transformers' own guidance.
         expected = [
-            generate(Side(path), [(Side(path), Side(path, prompt=tuple(prompt[-1:])))], [0.6], prompt, GREEDY) for prompt in prompts()
+            generate(Side(path), [(Side(path), Side(path, prompt=tuple(prompt[-1:])))], [0.6], prompt, GREEDY)
+            for prompt in prompts()
         ]
         assert [o.outputs[0].token_ids for o in outputs] == expected
 
@@ -162,7 +165,9 @@ def test_alpha_zero_costs_no_expert_work(models: Models) -> None:
     assert calls[1:] == [0, 0]
     llm.generate(prompts(), SamplingParams(alpha=1.0, temperature=0.0), use_tqdm=False)
     assert min(calls) > 0
-    target_alone = LLM(models.model("llama"), dtype="float32").generate(prompts(), SamplingParams(temperature=0.0), use_tqdm=False)
+    target_alone = LLM(models.model("llama"), dtype="float32").generate(
+        prompts(), SamplingParams(temperature=0.0), use_tqdm=False
+    )
     assert [o.outputs[0].token_ids for o in plain] == [o.outputs[0].token_ids for o in target_alone]
 
 

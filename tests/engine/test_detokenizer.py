@@ -27,7 +27,10 @@ def byte_level() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=320, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<end>"], show_progress=False
+        vocab_size=320,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<end>"],
+        show_progress=False,
     )
     tokenizer.train_from_iterator([TEXT], trainer)
     return tokenizer
@@ -35,7 +38,15 @@ def byte_level() -> Tokenizer:
 
 def byte_fallback() -> Tokenizer:
     """As Llama 2, Mistral, Gemma: "▁" for spaces, single bytes for what has no piece, the first space dropped."""
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abcdefghijklmnopqrstuvwxyz.", "▁th", "▁the"]
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        *"▁abcdefghijklmnopqrstuvwxyz.",
+        "▁th",
+        "▁the",
+    ]
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
     merges = [("▁", "t"), ("▁t", "h"), ("▁th", "e")]
     vocabulary.setdefault("▁t", len(vocabulary))
@@ -56,7 +67,9 @@ IDS = {
     "byte-level": (decoder(Wrapped(byte_level()), True), st.lists(st.integers(0, 319), max_size=12)),
     "byte-fallback": (
         decoder(Wrapped(FALLBACK), True),
-        st.text(st.characters(codec="utf-8"), max_size=8).map(lambda text: FALLBACK.encode(text, add_special_tokens=False).ids),
+        st.text(st.characters(codec="utf-8"), max_size=8).map(
+            lambda text: FALLBACK.encode(text, add_special_tokens=False).ids
+        ),
     ),
 }
 

@@ -57,7 +57,9 @@ def test_a_stream_never_takes_text_back_and_ends_as_the_whole():
 @pytest.mark.parametrize("stream", [True, False])
 def test_the_token_that_ends_a_text_is_among_the_ids_but_not_in_the_text(skip, include, stream):
     engine = make_engine(layout=PLAIN)
-    params = SamplingParams(max_tokens=150, seed=1, skip_special_tokens=skip, include_stop_str_in_output=include, stop_token_ids=[5, 6])
+    params = SamplingParams(
+        max_tokens=150, seed=1, skip_special_tokens=skip, include_stop_str_in_output=include, stop_token_ids=[5, 6]
+    )
     engine.add_request("a", params)
     (output,) = run(engine, stream=stream).values()
     (sample,) = output.outputs
@@ -116,7 +118,9 @@ def test_logprobs_have_the_sampled_token_and_the_best(best):
             assert entries[token].logprob == score((key, token))
             assert entries[token].target_logprob == score((key, token, "target"))
             assert entries[token].decoded_token == encode.decode([token])
-        assert sample.cumulative_logprob == pytest.approx(sum(e[t].logprob for e, t in zip(sample.logprobs, want.tokens, strict=True)))
+        assert sample.cumulative_logprob == pytest.approx(
+            sum(e[t].logprob for e, t in zip(sample.logprobs, want.tokens, strict=True))
+        )
     assert output.prompt_logprobs is None
 
 

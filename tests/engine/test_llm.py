@@ -23,7 +23,9 @@ def ids(text: str) -> list[int]:
 def make_llm(monkeypatch: pytest.MonkeyPatch, layout=LAYOUT, **options) -> LLM:
     ensemble = SimpleNamespace(layout=layout, tokenizer=PieceTokenizer(), eos_token_ids=(EOS,), bytes_per_block=1000)
     monkeypatch.setattr(module, "load_ensemble", lambda *args, **kwargs: ensemble)
-    monkeypatch.setattr(module, "Runner", lambda ensemble, num_blocks, placement: FakeRunner(ensemble.layout, num_blocks))
+    monkeypatch.setattr(
+        module, "Runner", lambda ensemble, num_blocks, placement: FakeRunner(ensemble.layout, num_blocks)
+    )
     return LLM("model", **{"kv_cache_bytes": 64_000, **options})
 
 
@@ -38,7 +40,15 @@ def texts(outputs) -> list[list[int]]:
 
 @pytest.mark.parametrize(
     ("prompts", "count"),
-    [("the", 1), (["the"], 1), (ids("the"), 1), ([ids("the")], 1), ({"prompt": "the"}, 1), ([{"prompt_token_ids": ids("the")}, "the"], 2), (("the",), 1)],
+    [
+        ("the", 1),
+        (["the"], 1),
+        (ids("the"), 1),
+        ([ids("the")], 1),
+        ({"prompt": "the"}, 1),
+        ([{"prompt_token_ids": ids("the")}, "the"], 2),
+        (("the",), 1),
+    ],
     ids=str,
 )
 def test_every_form_of_prompt(llm, prompts, count):
@@ -117,7 +127,9 @@ def test_a_failure_in_the_middle_is_marked_on_its_own_output(llm):
 def test_ctrl_c_anywhere_leaves_the_engine_empty_and_usable(llm, monkeypatch, error, place, call):
     from ensemble_decode.engine.request import Sequence
 
-    owner = {"execute": llm.runner, "allocate": llm.engine.blocks, "register": llm.engine.blocks, "append": Sequence}[place]
+    owner = {"execute": llm.runner, "allocate": llm.engine.blocks, "register": llm.engine.blocks, "append": Sequence}[
+        place
+    ]
     work, calls = getattr(owner, place), []
 
     def interrupted(*args):
@@ -134,7 +146,9 @@ def test_ctrl_c_anywhere_leaves_the_engine_empty_and_usable(llm, monkeypatch, er
     monkeypatch.undo()
     assert_no_leak(llm.engine)
     for output in llm.generate(["the " * 10, "cad"], params, use_tqdm=False):
-        assert [s.token_ids for s in output.outputs] == [expected(output.prompt_token_ids, params, 0, i).tokens for i in range(3)]
+        assert [s.token_ids for s in output.outputs] == [
+            expected(output.prompt_token_ids, params, 0, i).tokens for i in range(3)
+        ]
     assert_no_leak(llm.engine)
 
 
@@ -173,7 +187,9 @@ def test_score_takes_a_text_as_long_as_the_context(llm):
         llm.score([[1] * (LAYOUT.max_model_len + 2)], alpha=0)
 
 
-@pytest.mark.parametrize(("texts_", "message"), [("", "empty"), (["a", ""], "prompt 1: prompt is empty"), (3, "prompts is 3")], ids=str)
+@pytest.mark.parametrize(
+    ("texts_", "message"), [("", "empty"), (["a", ""], "prompt 1: prompt is empty"), (3, "prompts is 3")], ids=str
+)
 def test_score_refuses(llm, texts_, message):
     with pytest.raises(ValueError, match=message):
         llm.score(texts_)

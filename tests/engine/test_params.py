@@ -72,7 +72,9 @@ def test_allowed(name, value):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [(n, v) for n, values in REFUSED.items() for v in values], ids=lambda v: re.sub("0{20,}", "0…0", str(v))
+    ("name", "value"),
+    [(n, v) for n, values in REFUSED.items() for v in values],
+    ids=lambda v: re.sub("0{20,}", "0…0", str(v)),
 )
 def test_refused_in_one_line_that_names_it(name, value):
     with pytest.raises(ValueError, match="allowed") as caught:
@@ -89,7 +91,9 @@ def test_an_unknown_pair_is_refused_with_the_known_ones():
         SamplingParams(alpha={"age": 1.0}).check(PLAIN)
 
 
-@pytest.mark.parametrize("params", [SamplingParams(logit_bias={VOCAB: 1.0}), SamplingParams(stop_token_ids=[VOCAB])], ids=str)
+@pytest.mark.parametrize(
+    "params", [SamplingParams(logit_bias={VOCAB: 1.0}), SamplingParams(stop_token_ids=[VOCAB])], ids=str
+)
 def test_a_token_beyond_the_vocabulary_is_refused(params):
     with pytest.raises(ValueError, match=f"token {VOCAB}, allowed is 0 … {VOCAB - 1}"):
         params.check(LAYOUT)

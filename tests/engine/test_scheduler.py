@@ -15,7 +15,9 @@ from ensemble_decode.engine.params import SamplingParams
 from .fake import EOS, LAYOUT, PLAIN, VOCAB, assert_no_leak, expected, make_engine, run, views_of
 
 TEXT = range(1, 32)  # tokens that are whole characters
-QUIET = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate])
+QUIET = settings(
+    deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate]
+)
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:
@@ -41,16 +43,32 @@ MIXED = [
     (prompt_of(16, 4), SamplingParams(max_tokens=30, seed=4, n=3, alpha={"tone": -1.0}, ignore_eos=True)),
     (prompt_of(17, 5), SamplingParams(max_tokens=20, seed=-5, alpha={"guide": 1.5, "gender": 1}, ignore_eos=True)),
     (prompt_of(1, 6), SamplingParams(max_tokens=1, seed=2**64 - 1, n=2)),
-    (prompt_of(48, 7), SamplingParams(max_tokens=25, seed=7, top_k=5, top_p=0.5, min_p=0.1, temperature=0.5, nucleus="target")),
-    (prompt_of(20, 8), SamplingParams(max_tokens=20, seed=8, repetition_penalty=1.2, logit_bias={3: 1.0}, ignore_eos=True)),
-    (prompt_of(20, 9), SamplingParams(max_tokens=20, seed=9, presence_penalty=0.5, frequency_penalty=-0.5, min_tokens=5)),
+    (
+        prompt_of(48, 7),
+        SamplingParams(max_tokens=25, seed=7, top_k=5, top_p=0.5, min_p=0.1, temperature=0.5, nucleus="target"),
+    ),
+    (
+        prompt_of(20, 8),
+        SamplingParams(max_tokens=20, seed=8, repetition_penalty=1.2, logit_bias={3: 1.0}, ignore_eos=True),
+    ),
+    (
+        prompt_of(20, 9),
+        SamplingParams(max_tokens=20, seed=9, presence_penalty=0.5, frequency_penalty=-0.5, min_tokens=5),
+    ),
 ]
 
 
 @pytest.mark.parametrize("prefix_caching", [True, False], ids=["sharing", "no-sharing"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"max_num_seqs": 1}, {"max_num_batched_tokens": 1}, {"max_num_batched_tokens": 17}, {"num_blocks": 10}, {"num_blocks": 10, "max_num_seqs": 2}],
+    [
+        {},
+        {"max_num_seqs": 1},
+        {"max_num_batched_tokens": 1},
+        {"max_num_batched_tokens": 17},
+        {"num_blocks": 10},
+        {"num_blocks": 10, "max_num_seqs": 2},
+    ],
     ids=lambda options: "-".join(f"{k}={v}" for k, v in options.items()) or "roomy",
 )
 def test_batch_equals_solo(options, prefix_caching):
@@ -208,7 +226,9 @@ def test_alpha_none_is_each_pair_s_own():
 def test_a_request_without_edits_has_none():
     engine = make_engine()
     engine.add_request(prompt_of(9), SamplingParams(max_tokens=5, seed=0, ignore_eos=True))
-    engine.add_request(prompt_of(9), SamplingParams(max_tokens=5, min_tokens=2, seed=0, ignore_eos=True, stop_token_ids=[7]))
+    engine.add_request(
+        prompt_of(9), SamplingParams(max_tokens=5, min_tokens=2, seed=0, ignore_eos=True, stop_token_ids=[7])
+    )
     run(engine)
     edits = [[row.edits for row in batch.samples] for batch in engine.runner.batches]
     assert [row[0] for row in edits] == [None] * 5
@@ -350,7 +370,9 @@ def requests(draw):
         min_tokens=draw(st.integers(0, max_tokens)) if draw(st.booleans()) else 0,
         ignore_eos=draw(st.booleans()),
         stop_token_ids=draw(st.sampled_from([None, [3], [0, 9]])),
-        prompt_logprobs=0 if draw(st.integers(0, 4)) == 0 and not (isinstance(alpha, dict) and "guide" in alpha) else None,
+        prompt_logprobs=0
+        if draw(st.integers(0, 4)) == 0 and not (isinstance(alpha, dict) and "guide" in alpha)
+        else None,
         repetition_penalty=draw(st.sampled_from([1.0, 1.0, 1.3])),
         frequency_penalty=draw(st.sampled_from([0.0, 0.0, 0.5])),
     )
@@ -429,7 +451,11 @@ TestTraffic = Traffic.TestCase
 TestTraffic.settings = settings(QUIET, max_examples=60, stateful_step_count=25)
 
 
-@given(work=st.lists(requests(), min_size=1, max_size=8), num_blocks=st.integers(14, 30), tokens=st.sampled_from([3, 16, 64]))
+@given(
+    work=st.lists(requests(), min_size=1, max_size=8),
+    num_blocks=st.integers(14, 30),
+    tokens=st.sampled_from([3, 16, 64]),
+)
 @settings(QUIET, max_examples=60)
 def test_any_batch_in_any_room_equals_solo(work, num_blocks, tokens):
     engine = make_engine(num_blocks, max_num_batched_tokens=tokens)
