@@ -102,7 +102,7 @@ class Step:
         norms = [random(WIDTH, dtype=dtype) for _ in range(2)]
         qkv, o, gate_up, down = (random(n, k, dtype=dtype) for n, k in SHAPES)
         packed = [ops.pack_weight(qkv), ops.pack_weight(o), ops.pack_gate_up(gate_up), ops.pack_weight(down)]
-        lora = []
+        lora: list[torch.Tensor] = []
         for (n, k), segments in zip(SHAPES, (3, 1, 2, 1), strict=True):
             lora += ops.pack_lora(random(2, segments * RANK, k, dtype=dtype), random(2, n, RANK, dtype=dtype))
         return [*norms, *packed], lora

@@ -1,6 +1,6 @@
 """What a decode step at batch 8 costs outside forwards and sampling, and where it goes.
 
-    python benchmarks/overhead.py --batch 8
+python benchmarks/overhead.py --batch 8
 """
 
 from __future__ import annotations
@@ -26,7 +26,12 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--json")
     args = parser.parse_args()
-    llm = LLM(str(smollm2_path()), {"gender": ExpertPair(PAIR / "expert", PAIR / "anti_expert")}, dtype=args.dtype, max_model_len=2048)
+    llm = LLM(
+        str(smollm2_path()),
+        {"gender": ExpertPair(PAIR / "expert", PAIR / "anti_expert")},
+        dtype=args.dtype,
+        max_model_len=2048,
+    )
     engine, results = llm.engine, {}
     print(f"{'':14}{'step ms':>9}{'forward':>9}{'sample':>9}{'rest':>9}{'rest, share':>13}")
     for label, alpha in (("target alone", 0.0), ("steered", 1.0)):
@@ -42,7 +47,9 @@ def main() -> None:
             spent = {k: (v - before[k]) / args.steps * 1e3 for k, v in engine.timings.items()}
             rest = spent["total"] - spent["forward"] - spent["sample"]
             name = f"{label}{', streaming' if stream else ''}"
-            print(f"{name:24}{spent['total']:>7.2f}{spent['forward']:>9.2f}{spent['sample']:>9.2f}{rest:>9.2f}{rest / spent['total']:>11.1%}")
+            print(
+                f"{name:24}{spent['total']:>7.2f}{spent['forward']:>9.2f}{spent['sample']:>9.2f}{rest:>9.2f}{rest / spent['total']:>11.1%}"
+            )
             results[name] = {**spent, "rest": rest, "share": rest / spent["total"]}
             for request_id in list(engine.requests):
                 engine.abort(request_id)

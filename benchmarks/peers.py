@@ -23,7 +23,8 @@ class CachedPair(LogitsProcessor):
     @torch.inference_mode()
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         if self.caches[0] is None:
-            tokens, positions = input_ids, (self.mask.cumsum(1) - 1).clamp_min(0)
+            tokens: torch.Tensor = input_ids
+            positions = (self.mask.cumsum(1) - 1).clamp_min(0)
         else:
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
             tokens, positions = input_ids[:, -1:], self.mask.sum(1, keepdim=True) - 1
@@ -57,7 +58,9 @@ def transformers_alone(model: torch.nn.Module) -> Generate:
     return lambda prompts, new: _generate(model, prompts, new, None)
 
 
-def transformers_cached_pair(model: torch.nn.Module, expert: torch.nn.Module, anti_expert: torch.nn.Module, alpha: float) -> Generate:
+def transformers_cached_pair(
+    model: torch.nn.Module, expert: torch.nn.Module, anti_expert: torch.nn.Module, alpha: float
+) -> Generate:
     """``generate`` with :class:`CachedPair`."""
 
     def run(prompts: list[list[int]], new: int) -> None:
@@ -68,7 +71,9 @@ def transformers_cached_pair(model: torch.nn.Module, expert: torch.nn.Module, an
 
 
 @torch.inference_mode()
-def _generate(model: torch.nn.Module, prompts: list[list[int]], new: int, processors: LogitsProcessorList | None) -> None:
+def _generate(
+    model: torch.nn.Module, prompts: list[list[int]], new: int, processors: LogitsProcessorList | None
+) -> None:
     ids = torch.tensor(prompts)
     out = model.generate(  # type: ignore[operator]
         ids,

@@ -22,11 +22,17 @@ def main() -> None:
 
     model, dtype = sys.argv[1:3]
     prompt_tokens, new_tokens, rounds, *batches = map(int, sys.argv[3:])
-    llm = LLM(model=model, dtype=dtype, max_model_len=2048, enforce_eager=True, enable_prefix_caching=False, max_num_seqs=64)
+    llm = LLM(
+        model=model, dtype=dtype, max_model_len=2048, enforce_eager=True, enable_prefix_caching=False, max_num_seqs=64
+    )
 
     def run(batch: int, new: int, salt: int) -> float:
         prompts = [
-            {"prompt_token_ids": [(7919 * (row * prompt_tokens + i) + 13 + salt) % 49000 + 1 for i in range(prompt_tokens)]}
+            {
+                "prompt_token_ids": [
+                    (7919 * (row * prompt_tokens + i) + 13 + salt) % 49000 + 1 for i in range(prompt_tokens)
+                ]
+            }
             for row in range(batch)
         ]
         params = SamplingParams(max_tokens=new, min_tokens=new, ignore_eos=True, temperature=1.0, top_p=0.9, seed=1)

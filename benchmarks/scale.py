@@ -51,7 +51,14 @@ def main() -> None:
     args = parser.parse_args()
     pair = ExpertPair(PAIR / "expert", PAIR / "anti_expert")
     needed = max(args.batch) * (max(args.context) + args.steps + 16)
-    llm = LLM(str(smollm2_path()), {"gender": pair}, dtype=args.dtype, max_model_len=8192, kv_cache_bytes=1 << 30, max_num_seqs=64)
+    llm = LLM(
+        str(smollm2_path()),
+        {"gender": pair},
+        dtype=args.dtype,
+        max_model_len=8192,
+        kv_cache_bytes=1 << 30,
+        max_num_seqs=64,
+    )
     per_token = llm.ensemble.bytes_per_block // 16
     blocks = llm.runner.num_blocks
     if needed * per_token > 1 << 30:
@@ -66,7 +73,9 @@ def main() -> None:
             enable_prefix_caching=False,
         )
         blocks = llm.runner.num_blocks
-    print(f"{args.dtype}, {blocks} blocks of 16 tokens, {per_token / 1024:.0f} KiB of KV a token for all three members\n")
+    print(
+        f"{args.dtype}, {blocks} blocks of 16 tokens, {per_token / 1024:.0f} KiB of KV a token for all three members\n"
+    )
     print("| batch | context | target alone, ms | steered, ms | ratio | KV in use, MB | resident, MB |")
     print("|---|---|---|---|---|---|---|")
     rows = []
@@ -78,7 +87,9 @@ def main() -> None:
             rss = psutil.Process().memory_info().rss / 1e6
             a, b = statistics.median(plain) * 1e3, statistics.median(steered) * 1e3
             print(f"| {batch} | {context} | {a:.1f} | {b:.1f} | {b / a:.2f} | {kv:.0f} | {rss:.0f} |", flush=True)
-            rows.append({"batch": batch, "context": context, "plain_ms": a, "steered_ms": b, "kv_mb": kv, "rss_mb": rss})
+            rows.append(
+                {"batch": batch, "context": context, "plain_ms": a, "steered_ms": b, "kv_mb": kv, "rss_mb": rss}
+            )
     if args.json:
         Path(args.json).write_text(json.dumps({"settings": vars(args), "rows": rows}, indent=1))
 

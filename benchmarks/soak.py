@@ -88,7 +88,9 @@ def main() -> int:
             aborted += 1
         if done // mark > before // mark:
             gc.collect()
-            series.append({"requests": done, "rss_mb": process.memory_info().rss / 1e6, "free_blocks": engine.blocks.num_free})
+            series.append(
+                {"requests": done, "rss_mb": process.memory_info().rss / 1e6, "free_blocks": engine.blocks.num_free}
+            )
             print(f"{done:6} requests  {series[-1]['rss_mb']:8.1f} MB resident", flush=True)
     seconds = time.perf_counter() - start
     leaked = llm.runner.num_blocks - engine.blocks.num_free

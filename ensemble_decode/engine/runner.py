@@ -13,8 +13,10 @@ from __future__ import annotations
 import itertools
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
@@ -123,10 +125,10 @@ class Runner:
 
     def _forward(self, spans: list[Span], lanes: Lanes) -> _Hidden:
         first: dict[tuple[int, int], int] = {}
-        work = []
+        work: list[Callable[[], torch.Tensor] | None] = []
         for number, group in enumerate(self.groups):
             rows = self._rows(number, group, spans, first)
-            work.append(None if rows is None else (lambda g=group, r=rows: g.forward(r)))
+            work.append(None if rows is None else partial(group.forward, rows))
         return _Hidden(lanes.run(work), first)
 
     def _rows(self, number: int, group: Group, spans: list[Span], first: dict[tuple[int, int], int]) -> Rows | None:
@@ -134,7 +136,8 @@ class Runner:
         tokens: list[int] = []
         positions: list[int] = []
         adapters: list[int] = []
-        query_start, context_len, tables, outputs = [0], [], [], []
+        query_start, context_len, outputs = [0], list[int](), list[int]()
+        tables: list[tuple[list[int], int]] = []
         all_outputs = True
         for pool_id, pool in enumerate(self.ensemble.pools):
             if pool.group != number:
@@ -217,11 +220,11 @@ class Runner:
         if not by_pair:
             return h
         dtype, h = h.dtype, h.float()
-        for items in by_pair.values():
-            rows = [row for row, _ in items]
-            alpha = torch.tensor([item.alpha for _, item in items]).unsqueeze(1)
+        for steered in by_pair.values():
+            rows = [row for row, _ in steered]
+            alpha = torch.tensor([item.alpha for _, item in steered]).unsqueeze(1)
             difference = self._difference(
-                hidden, [self._sides(item, spans[row]) for row, item in items], [offsets[r] for r in rows]
+                hidden, [self._sides(item, spans[row]) for row, item in steered], [offsets[r] for r in rows]
             )
             if len(rows) == len(spans):
                 h = h + alpha * difference
@@ -302,7 +305,7 @@ class Runner:
         self,
         rows: list[SampleRow],
         indices: list[int],
-        nucleus: str,
+        nucleus: Literal["combined", "target"],
         combine: bool,
         spans: list[Span],
         hidden: _Hidden,

@@ -80,7 +80,7 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention signature: query [1, H, T, D], key and value [1, Hkv, T, D]; returns [1, T, H, D]."""
     forward = current_forward()
-    layer = module.layer_idx
+    layer: int = module.layer_idx  # type: ignore[assignment]
     out = ops.paged_attention(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),

@@ -85,12 +85,14 @@ def load_ensemble(
     weights = list(dict.fromkeys(key for key, _ in members))
     for key in weights:
         check_checkpoint(key)
-    groups, pools, pool_of = [], [], {}
+    groups: list[Group] = []
+    pools: list[Pool] = []
+    pool_of: dict[tuple[str, str | None], int] = {}
     for number, key in enumerate(weights):
         adapters = [adapter for base, adapter in members if base == key and adapter is not None]
         bare = (key, None) in members
         groups.append(Group(key, kind, adapters, bare, max_model_len))
-        for index, adapter in enumerate(([None] if bare else []) + adapters):
+        for index, adapter in enumerate([*([None] if bare else []), *adapters]):
             pool_of[key, adapter] = len(pools)
             pools.append(Pool(number, index))
     vocab_size = _common_vocabulary(groups)
@@ -150,7 +152,9 @@ def _model_len(groups: list[Group], asked: int | None) -> int:
     if asked is None:
         return shortest.max_positions
     if isinstance(asked, bool) or not isinstance(asked, int) or not 1 <= asked <= shortest.max_positions:
-        raise ValueError(f"max_model_len is {asked!r}, allowed is 1 … {shortest.max_positions} (positions of {shortest.path!r})")
+        raise ValueError(
+            f"max_model_len is {asked!r}, allowed is 1 … {shortest.max_positions} (positions of {shortest.path!r})"
+        )
     return asked
 
 
@@ -162,16 +166,24 @@ def _common_vocabulary(groups: list[Group]) -> int:
         other = _vocabulary(group)
         names = f"target {target.path!r} has {target.vocab_size} logits, expert {group.path!r} has {group.vocab_size}"
         if words is not None and other is not None and words != other:
-            different = sum(words.get(word) != index for word, index in other.items()) + sum(w not in other for w in words)
-            raise ValueError(f"vocabularies differ in {different} tokens ({names}): experts need the target's own vocabulary")
+            different = sum(words.get(word) != index for word, index in other.items()) + sum(
+                w not in other for w in words
+            )
+            raise ValueError(
+                f"vocabularies differ in {different} tokens ({names}): experts need the target's own vocabulary"
+            )
         if (words is None or other is None) and target.vocab_size != group.vocab_size:
             known = words if words is not None else other
             if known is None or min(target.vocab_size, group.vocab_size) <= max(known.values()):
-                raise ValueError(f"vocabularies differ: {names}; sizes may differ by padding only, which needs a tokenizer to tell")
+                raise ValueError(
+                    f"vocabularies differ: {names}; sizes may differ by padding only, which needs a tokenizer to tell"
+                )
     size = min(group.vocab_size for group in groups)
     if words is not None and size <= max(words.values()):
         small = min(groups, key=lambda group: group.vocab_size)
-        raise ValueError(f"{small.path!r} has {size} logits, fewer than the tokenizer of {target.path!r} has tokens ({max(words.values()) + 1})")
+        raise ValueError(
+            f"{small.path!r} has {size} logits, fewer than the tokenizer of {target.path!r} has tokens ({max(words.values()) + 1})"
+        )
     return size
 
 

@@ -8,6 +8,7 @@ its parts). Whatever is replaced is compared with the original at load (see ``lo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +18,13 @@ from ensemble_decode import ops
 from ensemble_decode.models.attention import current_forward
 
 #: Decoder layers with exactly Llama's forward, up to biases, q/k norms, the norm's offset and the activation.
-FUSED_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "GemmaDecoderLayer")
+FUSED_LAYERS = (
+    "LlamaDecoderLayer",
+    "MistralDecoderLayer",
+    "Qwen2DecoderLayer",
+    "Qwen3DecoderLayer",
+    "GemmaDecoderLayer",
+)
 #: Linears that read one input and stand side by side in a module, merged into one product.
 MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _ACTIVATIONS = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu": 2}
@@ -33,6 +40,11 @@ class PackedLinear(nn.Module):
     names : list of str
         The module paths these weights had, by which adapters find them.
     """
+
+    packed: torch.Tensor
+    bias: torch.Tensor | None
+    lora_a: torch.Tensor | None
+    lora_b: torch.Tensor | None
 
     def __init__(
         self,
@@ -50,7 +62,9 @@ class PackedLinear(nn.Module):
         self.register_buffer("packed", pack(torch.cat(list(weights))), persistent=False)
         bias = None
         if any(b is not None for b in biases):
-            rows = [torch.zeros(n, dtype=self.dtype) if b is None else b for b, n in zip(biases, self.segments, strict=True)]
+            rows = [
+                torch.zeros(n, dtype=self.dtype) if b is None else b for b, n in zip(biases, self.segments, strict=True)
+            ]
             bias = torch.cat(rows)
         self.register_buffer("bias", bias, persistent=False)
         self.register_buffer("lora_a", None, persistent=False)
@@ -58,10 +72,17 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = ops.linear(x, self.packed, self.bias, self.out_features)
-        if self.lora_a is not None:
+        if self.lora_a is not None and self.lora_b is not None:
             adapter = current_forward().adapter
             if adapter is not None:
-                ops.lora_(y.view(-1, self.out_features), x.reshape(-1, self.in_features), self.lora_a, self.lora_b, adapter, self.segments)
+                ops.lora_(
+                    y.view(-1, self.out_features),
+                    x.reshape(-1, self.in_features),
+                    self.lora_a,
+                    self.lora_b,
+                    adapter,
+                    self.segments,
+                )
         return y
 
 
@@ -83,14 +104,16 @@ class _NextOfMerged(nn.Module):
 
     def __init__(self, first: _FirstOfMerged) -> None:
         super().__init__()
-        object.__setattr__(self, "first", first)  # not a submodule: it is one already, under its own name
+        self._first = [first]  # in a list, so that it is not a submodule twice
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.first.rest.pop(0)
+        return self._first[0].rest.pop(0)
 
 
 class RMSNorm(nn.Module):
     """x / rms(x) · (offset + weight), in one operator."""
+
+    weight: torch.Tensor
 
     def __init__(self, weight: torch.Tensor, eps: float, offset: float) -> None:
         super().__init__()
@@ -105,7 +128,7 @@ class RMSNorm(nn.Module):
 class FusedLayer(nn.Module):
     """A Llama-shaped decoder layer as one operator; takes the arguments transformers' model passes to its layers."""
 
-    def __init__(self, layer: nn.Module, name: str, layer_idx: int) -> None:
+    def __init__(self, layer: Any, name: str, layer_idx: int) -> None:
         super().__init__()
         attention, mlp = layer.self_attn, layer.mlp
         self.layer_idx = layer_idx
@@ -136,14 +159,18 @@ class FusedLayer(nn.Module):
         count = next(linear.lora_a for linear in self.linears if linear.lora_a is not None).shape[0]
         self._lora = []
         for linear in self.linears:
-            if linear.lora_a is None:
+            if linear.lora_a is None or linear.lora_b is None:
                 a = torch.zeros(count, len(linear.segments), linear.in_features, dtype=linear.dtype)
                 b = torch.zeros(count, linear.out_features, 1, dtype=linear.dtype)
                 linear.lora_a, linear.lora_b = ops.pack_lora(a, b)
             self._lora += [linear.lora_a, linear.lora_b]
 
     def forward(
-        self, hidden_states: torch.Tensor, *_: object, position_embeddings: tuple[torch.Tensor, torch.Tensor], **__: object
+        self,
+        hidden_states: torch.Tensor,
+        *_: object,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        **__: object,
     ) -> torch.Tensor:
         forward = current_forward()
         cos, sin = position_embeddings
@@ -180,12 +207,12 @@ class FusedLayer(nn.Module):
         return out.unsqueeze(0)
 
 
-def _activation_name(mlp: nn.Module) -> str:
+def _activation_name(mlp: Any) -> str:
     config = mlp.config
     return getattr(config, "hidden_act", None) or config.hidden_activation
 
 
-def _weight_and_bias(linear: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _weight_and_bias(linear: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     if isinstance(linear, Conv1D):
         return linear.weight.t(), linear.bias
     return linear.weight, linear.bias
@@ -210,12 +237,23 @@ def _is_linear(module: nn.Module | None) -> bool:
 def _is_rms_norm(module: nn.Module) -> bool:
     kind = type(module).__name__
     # Families differ in the details: only those whose forward was read are replaced.
-    return kind in ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "GemmaRMSNorm", "Phi3RMSNorm", "GraniteRMSNorm", "SmolLM3RMSNorm")
+    return kind in (
+        "LlamaRMSNorm",
+        "MistralRMSNorm",
+        "Qwen2RMSNorm",
+        "Qwen3RMSNorm",
+        "GemmaRMSNorm",
+        "Phi3RMSNorm",
+        "GraniteRMSNorm",
+        "SmolLM3RMSNorm",
+    )
 
 
-def _rms_norm(norm: nn.Module) -> RMSNorm:
+def _rms_norm(norm: Any) -> RMSNorm:
     eps = getattr(norm, "variance_epsilon", None)
-    return RMSNorm(norm.weight.detach(), norm.eps if eps is None else eps, 1.0 if type(norm).__name__ == "GemmaRMSNorm" else 0.0)
+    return RMSNorm(
+        norm.weight.detach(), norm.eps if eps is None else eps, 1.0 if type(norm).__name__ == "GemmaRMSNorm" else 0.0
+    )
 
 
 def make_fast(decoder: nn.Module, root: str, fuse_layers: bool = True) -> None:

@@ -127,7 +127,9 @@ class Group:
     @torch.inference_mode()
     def forward(self, rows: Rows) -> torch.Tensor:
         """Hidden states [R, E] before the head, at ``rows.outputs``."""
-        forward = Forward(rows.query_start, rows.context_len, rows.block_table, self.k_cache, self.v_cache, rows.adapter)
+        forward = Forward(
+            rows.query_start, rows.context_len, rows.block_table, self.k_cache, self.v_cache, rows.adapter
+        )
         with running(forward):
             out = self.decoder(input_ids=rows.tokens[None], position_ids=rows.positions[None], use_cache=False)
         hidden = out.last_hidden_state[0]

@@ -129,11 +129,17 @@ def load_model(path: str, dtype: torch.dtype, max_model_len: int | None = None) 
     config = load_config(path)
     check_servable(config, path, max_model_len)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, attn_implementation=ATTENTION, use_safetensors=True, output_loading_info=True
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            attn_implementation=ATTENTION,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except (OSError, SafetensorError, RuntimeError, KeyError) as error:
         raise ValueError(f"model {path!r}: its weights can't be loaded ({_first_line(error)})") from error
+    model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:
         raise ValueError(f"model {path!r}: {len(missing)} weights are missing, the first is {missing[0]}")

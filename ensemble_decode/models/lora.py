@@ -45,13 +45,23 @@ def load_adapter(path: str) -> Adapter:
     """
     folder = Path(path)
     if not (folder / WEIGHTS).exists():
-        pickle = " (adapter_model.bin is a pickle: save it with safe_serialization=True)" if (folder / "adapter_model.bin").exists() else ""
+        pickle = (
+            " (adapter_model.bin is a pickle: save it with safe_serialization=True)"
+            if (folder / "adapter_model.bin").exists()
+            else ""
+        )
         raise ValueError(f"adapter {path!r}: {WEIGHTS} is missing{pickle}")
     config = json.loads((folder / CONFIG).read_text())
     kind = config.get("peft_type")
     if kind != "LORA":
         raise ValueError(f"adapter {path!r}: peft_type is {kind!r}, allowed is 'LORA'")
-    for key, plain in (("use_dora", False), ("bias", "none"), ("modules_to_save", None), ("layer_replication", None), ("trainable_token_indices", None)):
+    for key, plain in (
+        ("use_dora", False),
+        ("bias", "none"),
+        ("modules_to_save", None),
+        ("layer_replication", None),
+        ("trainable_token_indices", None),
+    ):
         if (value := config.get(key)) and value != plain:
             raise ValueError(f"adapter {path!r}: {key} is {value!r}, allowed is {plain!r}")
     try:
@@ -99,7 +109,9 @@ def put_adapters(decoder: torch.nn.Module, adapters: list[Adapter]) -> None:
             module.collect_lora()
     for adapter, names in zip(adapters, placed, strict=True):
         if rest := sorted(set(adapter.weights) - names):
-            raise ValueError(f"adapter {adapter.path!r}: {len(rest)} modules do not fit the base model, the first is {rest[0]}")
+            raise ValueError(
+                f"adapter {adapter.path!r}: {len(rest)} modules do not fit the base model, the first is {rest[0]}"
+            )
 
 
 def _put(linear: PackedLinear, adapters: list[Adapter], rank: int, placed: list[set[str]]) -> None:

@@ -84,7 +84,9 @@ class ExpertPair:
         'A sexist joke: {prompt}'
         """
         if expert is None and anti_expert is None:
-            raise ValueError("ExpertPair.from_prompts: expert and anti_expert are both None, at least one prompt is needed")
+            raise ValueError(
+                "ExpertPair.from_prompts: expert and anti_expert are both None, at least one prompt is needed"
+            )
         return cls(None, None, None, alpha, expert_prompt=expert or None, anti_expert_prompt=anti_expert)
 
     @property

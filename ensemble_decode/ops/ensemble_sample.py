@@ -102,7 +102,7 @@ def ensemble_sample(
             target,
             expert,
             anti_expert,
-            **dict(zip(names, parameters, strict=True)),
+            **dict(zip(names, parameters, strict=True)),  # type: ignore[arg-type]
             nucleus=nucleus,
             target_is_combined=target_is_combined,
         )

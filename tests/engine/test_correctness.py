@@ -112,7 +112,7 @@ def test_batch_invariance(params: SamplingParams, models: Models) -> None:
     llm = LLM(models.model("llama"), pairs, dtype="float32")
     watched = prompts()[1]
     alone = llm.generate(watched, params, use_tqdm=False)[0].outputs[0].token_ids
-    crowd = [p + [i + 3] for i, p in enumerate(prompts(8) * 4)]
+    crowd = [[*p, i + 3] for i, p in enumerate(prompts(8) * 4)]
     crowd[13] = watched
     assert llm.generate(crowd, params, use_tqdm=False)[13].outputs[0].token_ids == alone
     for index, prompt in enumerate(crowd[:10]):

@@ -85,7 +85,7 @@ def test_without_a_tokenizer_there_are_ids_and_no_text():
     assert output.outputs[0].token_ids == expected([1, 2], SamplingParams(max_tokens=5), 0, 0, PLAIN).tokens
     with pytest.raises(ValueError, match="no tokenizer"):
         engine.add_request("a")
-    with pytest.raises(ValueError, match="stop.*no tokenizer"):
+    with pytest.raises(ValueError, match=r"stop.*no tokenizer"):
         engine.add_request([1], SamplingParams(stop="a"))
 
 

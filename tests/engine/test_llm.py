@@ -183,7 +183,7 @@ def test_score_takes_a_single_text_and_token_ids(llm):
 def test_score_takes_a_text_as_long_as_the_context(llm):
     (result,) = llm.score([[1] * LAYOUT.max_model_len], alpha=0)
     assert len(result.logprobs) == LAYOUT.max_model_len
-    with pytest.raises(ValueError, match="score: .*tokens"):
+    with pytest.raises(ValueError, match=r"score: .*tokens"):
         llm.score([[1] * (LAYOUT.max_model_len + 2)], alpha=0)
 
 

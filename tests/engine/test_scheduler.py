@@ -169,14 +169,14 @@ def test_a_common_beginning_is_computed_once():
     engine = make_engine(layout=PLAIN)
     system = prompt_of(4 * BLOCK_SIZE)
     params = SamplingParams(max_tokens=1, seed=0)
-    engine.add_request(system + [5, 6], params)
+    engine.add_request([*system, 5, 6], params)
     run(engine)
     before = engine.runner.computed[0]
-    engine.add_request(system + [7, 8, 9], params)
+    engine.add_request([*system, 7, 8, 9], params)
     (output,) = run(engine).values()
     assert engine.runner.computed[0] - before == 3
     assert output.metrics.cached_tokens == 4 * BLOCK_SIZE
-    check(output, system + [7, 8, 9], params, PLAIN)
+    check(output, [*system, 7, 8, 9], params, PLAIN)
 
 
 def test_generated_text_is_found_again_in_the_next_turn():
@@ -251,7 +251,7 @@ def test_a_nan_fails_its_own_request_only():
     nan = next(t for t in good[1].tokens[:20] if all(t not in g.tokens for g in (good[0], good[2])))
     engine = make_engine(nan=nan)
     for i in range(3):
-        engine.add_request([t for t in prompt_of(10, i)], params, str(i))
+        engine.add_request(list(prompt_of(10, i)), params, str(i))
     for stream in (True, False):
         done = run(engine, stream=stream)
         if not stream:

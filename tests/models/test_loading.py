@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CONFIG_MAPPING as CONFIGS
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from transformers import CONFIG_MAPPING as CONFIGS
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ensemble_decode import LLM, ExpertPair, SamplingParams
 from tests.conftest import VOCAB, Models, make_model
@@ -25,7 +25,7 @@ def copy(path: str, to: Path) -> Path:
 
 
 def refused(path: object, *words: str, **options: object) -> None:
-    with pytest.raises(ValueError, match="model|adapter|expert|vocabular|dtype|device|max_model_len") as caught:
+    with pytest.raises(ValueError, match=r"model|adapter|expert|vocabular|dtype|device|max_model_len") as caught:
         LLM(str(path), dtype=options.pop("dtype", "float32"), **options)  # type: ignore[arg-type]
     message = str(caught.value)
     assert "\n" not in message

@@ -1,0 +1,128 @@
+"""The command line, run as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ensemble_decode.cli import parse_alpha
+from tests.conftest import Models
+from tests.models.test_loading import with_tokenizer
+
+
+def run(*arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ensemble_decode", *arguments],
+        capture_output=True,
+        text=True,
+        input=stdin,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def model(models: Models, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(with_tokenizer(models.model("llama"), tmp_path_factory.mktemp("cli") / "m", 199))
+
+
+def test_help_teaches() -> None:
+    text = run("--help").stdout
+    for word in ("demo", "generate", "bench", "examples:", "--pair gender=demo"):
+        assert word in text
+    for command in ("demo", "generate", "bench"):
+        assert run(command, "--help").returncode == 0
+
+
+def test_generate_json_from_arguments_file_and_stdin(model: str, tmp_path: Path, models: Models) -> None:
+    pair = f"a={models.adapter('llama', 1)},{models.adapter('llama', 2)}"
+    common = (
+        "generate",
+        "-m",
+        model,
+        "-p",
+        pair,
+        "-a",
+        "a=0.5",
+        "--seed",
+        "3",
+        "--max-tokens",
+        "5",
+        "--json",
+        "--logprobs",
+        "2",
+    )
+    lines = ["w5 w6", "w9"]
+    (tmp_path / "prompts.txt").write_text("\n".join(lines) + "\n\n")
+    outputs = [
+        run(*common, *lines).stdout,
+        run(*common, "-f", str(tmp_path / "prompts.txt")).stdout,
+        run(*common, stdin="\n".join(lines)).stdout,
+    ]
+    assert outputs[0] == outputs[1] == outputs[2]
+    found = [json.loads(line) for line in outputs[0].splitlines()]
+    assert [entry["prompt"] for entry in found] == lines
+    assert found[0]["seed"] == 3
+    assert len(found[0]["outputs"][0]["logprobs"][0]) >= 2
+
+
+def test_generate_prints_text(model: str) -> None:
+    done = run("generate", "-m", model, "w5 w6", "--max-tokens", "3", "-t", "0", "-n", "2")
+    assert done.returncode == 0
+    assert done.stdout.count("w5 w6") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("-a", "x"), "--alpha is 'x'"),
+        (("-a", "b=1"), "alpha names the pair 'b', known are none"),
+        (("-p", "x"), "--pair is 'x'"),
+        (("-m", "/nowhere"), "no such folder"),
+        (("--top-p", "2"), "top_p is 2.0"),
+        (("-f", "x.txt"), "one of the two"),
+        (("--nucleus", "both"), "nucleus is 'both'"),
+    ],
+)
+def test_errors_are_one_line(arguments: tuple[str, ...], word: str, model: str) -> None:
+    rest = () if "-m" in arguments else ("-m", model)
+    done = run("generate", "w5", *rest, *arguments)
+    assert done.returncode == 2
+    assert word in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_no_prompts() -> None:
+    done = run("generate", stdin="\n\n")
+    assert (done.returncode, "no prompts" in done.stderr) == (2, True)
+
+
+def test_bench_json(model: str) -> None:
+    done = run(
+        "bench",
+        "-m",
+        model,
+        "--batch",
+        "1",
+        "2",
+        "--prompt-tokens",
+        "8",
+        "--new-tokens",
+        "4",
+        "--rounds",
+        "1",
+        "--json",
+    )
+    results = json.loads(done.stdout)
+    assert [entry["batch"] for entry in results] == [1, 2]
+    assert all(entry["tokens_per_s"] > 0 for entry in results)
+
+
+def test_parse_alpha() -> None:
+    assert parse_alpha(None) is None
+    assert parse_alpha("1.5") == 1.5
+    assert parse_alpha("gender=1, race=0.5") == {"gender": 1.0, "race": 0.5}
