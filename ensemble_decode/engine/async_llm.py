@@ -31,6 +31,7 @@ class _Client:
     loop: asyncio.AbstractEventLoop
     ready: asyncio.Event
     newest: RequestOutput | Exception | None = None
+    request_id: str | None = None
 
     def put(self, item: RequestOutput | Exception) -> None:
         self.newest = item
@@ -57,7 +58,8 @@ class AsyncLLM:
         self._lock = threading.Condition()
         self._calls: deque[Callable[[], None]] = deque()  # what the loop's thread does before its next step
         self._clients: dict[str, _Client] = {}
-        self._closing = False
+        self._closing = False  # no new requests
+        self._ended = False  # no more steps
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
@@ -80,9 +82,9 @@ class AsyncLLM:
         added: asyncio.Future[str] = client.loop.create_future()
         self._call(lambda: self._add(client, added, prompt, params, request_id))
         try:
-            own_id = await asyncio.shield(added)
+            await added
         except asyncio.CancelledError:
-            added.add_done_callback(lambda f: None if f.cancelled() or f.exception() else self.abort_soon(f.result()))
+            self._leave_soon(client)
             raise
         finished = False
         try:
@@ -98,7 +100,7 @@ class AsyncLLM:
                 yield item
         finally:
             if not finished:
-                self.abort_soon(own_id)
+                self._leave_soon(client)
 
     async def abort(self, request_id: str) -> None:
         """End a request; its iterator gets a last output with finish reason "abort". Unknown ids are ignored."""
@@ -107,7 +109,7 @@ class AsyncLLM:
     def abort_soon(self, request_id: str) -> None:
         """:meth:`abort`, from any thread."""
         with suppress(EngineDeadError):  # the request went down with the engine
-            self._call(lambda: self._abort(request_id))
+            self._call(lambda: self._abort(request_id), while_closing=True)
 
     def shutdown(self, drain: bool = False, timeout: float | None = None) -> None:
         """End the loop: at once, or (``drain``) when every accepted request is done."""
@@ -119,14 +121,19 @@ class AsyncLLM:
         self._thread.join(timeout)
 
     # ── the loop's thread ───────────────────────────────────────────────────────────────────────────────────────────
-    def _call(self, function: Callable[[], None]) -> None:
+    def _call(self, function: Callable[[], None], while_closing: bool = False) -> None:
         with self._lock:
-            if self._closing or not self._thread.is_alive():
-                raise EngineDeadError(
-                    "the engine has been shut down" if self._error is None else "the engine has failed"
-                ) from self._error
+            if self._ended or (self._closing and not while_closing):
+                raise self._dead()
             self._calls.append(function)
             self._lock.notify()
+
+    def _dead(self) -> EngineDeadError:
+        error = EngineDeadError(
+            "the engine has been shut down" if self._error is None else f"the engine has failed: {self._error!r}"
+        )
+        error.__cause__ = self._error
+        return error
 
     def _loop(self) -> None:
         try:
@@ -146,16 +153,12 @@ class AsyncLLM:
             self._error = error
         finally:
             with self._lock:
-                self._closing = True
+                self._closing = self._ended = True
                 calls, self._calls = self._calls, deque()
             for call in calls:
                 call()
-            cause = EngineDeadError(
-                f"the engine has failed: {self._error!r}" if self._error else "the engine has been shut down"
-            )
-            cause.__cause__ = self._error
             for client in self._clients.values():
-                client.put(cause)
+                client.put(self._dead())
             self._clients.clear()
 
     def _add(
@@ -176,13 +179,13 @@ class AsyncLLM:
 
         result: str | Exception
         try:
-            if self._error is not None:
-                raise EngineDeadError("the engine has failed") from self._error
+            if self._ended:
+                raise self._dead()
             if len(self.engine.scheduler.waiting) >= self.max_waiting:
                 raise QueueFullError(f"{self.max_waiting} requests are waiting, no more are taken")
             request = self.engine.add_request(prompt, params, request_id)
             self._clients[request.request_id] = client
-            result = request.request_id
+            result = client.request_id = request.request_id
         except Exception as error:
             result = error
         try:
@@ -190,6 +193,16 @@ class AsyncLLM:
         except RuntimeError:  # the client's event loop is closed
             if isinstance(result, str):
                 self._abort(result)
+
+    def _leave_soon(self, client: _Client) -> None:
+        """Abort a client's request, and not that of another one who has its id by now."""
+
+        def leave() -> None:
+            if client.request_id is not None and self._clients.get(client.request_id) is client:
+                self._abort(client.request_id)
+
+        with suppress(EngineDeadError):
+            self._call(leave, while_closing=True)
 
     def _abort(self, request_id: str) -> None:
         output = self.engine.abort(request_id)
