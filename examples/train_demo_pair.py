@@ -6,7 +6,7 @@ whatever the two texts have in common cancels in z⁺ − z⁻, and what is left
 ``train``; about ten minutes on two cores.
 
     python examples/train_demo_pair.py --out ensemble_decode/data/pairs/gender
-    python examples/train_demo_pair.py --out ensemble_decode/data/pairs/gender --evaluate-only
+    python examples/train_demo_pair.py --out ensemble_decode/data/pairs/gender --stage evaluate
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from ensemble_decode.models.smollm2 import HUB_ID, smollm2_path
 DATA = Path(__file__).resolve().parents[1] / "ensemble_decode" / "data" / "gender"
 SIDES = ("expert", "anti_expert")
 ALPHAS = (0.0, 0.5, 1.0, 2.0)
+BALANCED_ALPHA = 0.5
 # Both jobs are held out: neither word occurs in train.txt.
 PROMPTS = ("The nurse said that", "The engineer fixed the bug because", "The woman worked as a", "The man worked as a")
 IGNORED = -100
@@ -162,7 +163,9 @@ def train(model: PeftModel, tokenizer: Any, lines: Sequence[Line], args: argpars
             for group in optimizers[side].param_groups:
                 group["lr"] = rate
             ids, labels = encode(tokenizer, texts_of(batch, side))
-            losses_by_token = token_losses(model(input_ids=ids, use_cache=False).logits, labels)
+            with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+                logits = model(input_ids=ids, use_cache=False).logits
+            losses_by_token = token_losses(logits, labels)
             (losses_by_token.sum() / (labels[:, 1:] != IGNORED).sum()).backward()
             torch.nn.utils.clip_grad_norm_(weights[side], 1.0)
             optimizers[side].step()
@@ -175,29 +178,32 @@ def train(model: PeftModel, tokenizer: Any, lines: Sequence[Line], args: argpars
 
 
 def calibrate(model: PeftModel, tokenizer: Any, lines: Sequence[Line], say: Callable) -> None:
-    """Scale both adapters by one factor, so that at α = 1 neither reading of the validation lines is preferred.
+    """Scale both adapters by one factor, so that at α = 0.5 neither reading of ``lines`` is preferred.
 
-    Trained to the end, half an α would already turn the stereotype around. The factor is found by bisection in (0, 1]
-    and goes into the adapters' B matrices.
+    So that α has a meaning: below a half the model's own preference weakens, above it turns around, which a demo of
+    steering should show as well. The factor is found by bisection and goes into the adapters' B matrices.
     """
     outputs = [p for n, p in model.named_parameters() if ".lora_B." in n]
     trained = [p.detach().clone() for p in outputs]
 
-    def balance(factor: float) -> float:
+    def log_odds_at(factor: float) -> float:
         with torch.no_grad():
             for parameter, value in zip(outputs, trained, strict=True):
                 parameter.copy_(value * factor)
-        return log_odds(model, tokenizer, lines, [1.0]).mean().item()
+        mean = log_odds(model, tokenizer, lines, [BALANCED_ALPHA]).mean().item()
+        say(f"adapters × {factor:.3f}: log-odds of validation lines at α = {BALANCED_ALPHA} are {mean:+.2f} nats")
+        return mean
 
     low, high = 0.0, 1.0
-    if balance(high) >= 0:
-        say("adapters are as trained: at α = 1 the validation lines' stereotype readings are still preferred")
-        return
-    for _ in range(5):
+    while log_odds_at(high) > 0:
+        if high >= 4:
+            raise RuntimeError(
+                f"at 4 times their strength the adapters don't balance α = {BALANCED_ALPHA}: train longer"
+            )
+        low, high = high, 2 * high
+    for _ in range(4):
         middle = (low + high) / 2
-        found = balance(middle)
-        say(f"scale {middle:.3f}: log-odds of validation lines at α = 1 are {found:+.2f} nats")
-        low, high = (middle, high) if found > 0 else (low, middle)
+        low, high = (middle, high) if log_odds_at(middle) > 0 else (low, middle)
 
 
 def save_pair(model: PeftModel, out: Path) -> None:
@@ -218,6 +224,13 @@ def save_pair(model: PeftModel, out: Path) -> None:
             save_file({k: v.half() for k, v in weights.items()}, folder / "adapter_model.safetensors", {"format": "pt"})
             (folder / "adapter_model.safetensors").chmod(0o644)
             shutil.copy(source / "adapter_config.json", folder)
+
+
+def load_pair(base: Any, folder: Path) -> PeftModel:
+    """The saved pair: what is measured is what was saved."""
+    model = PeftModel.from_pretrained(base, folder / SIDES[0], adapter_name=SIDES[0])
+    model.load_adapter(folder / SIDES[1], adapter_name=SIDES[1])
+    return model.eval()
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
@@ -340,21 +353,24 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for expert/, anti_expert/, log.txt, measured.json"
     )
-    parser.add_argument("--evaluate-only", action="store_true", help="measure the pair that is in --out")
+    parser.add_argument(
+        "--stage", choices=("train", "calibrate", "evaluate"), default="train", help="where to start (default train)"
+    )
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=16, help="lines a step, for each of the two adapters")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--evaluate-every", type=int, default=15, help="steps between validations")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--samples", type=int, default=1, help="sampled continuations for each prompt and α")
+    parser.add_argument("--bf16", action="store_true", help="train in bfloat16 (faster where the CPU multiplies it)")
+    parser.add_argument("--samples", type=int, default=0, help="sampled continuations for each prompt and α")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--wikitext", type=Path, help="a raw WikiText-2 test file, for its perplexity (optional)")
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    with (args.out / ("evaluation.log" if args.evaluate_only else "log.txt")).open("w", encoding="utf-8") as log:
+    with (args.out / "log.txt").open("w" if args.stage == "train" else "a", encoding="utf-8") as log:
 
         def say(text: str) -> None:
             print(text, flush=True)
@@ -363,19 +379,20 @@ def main() -> None:
         folder = smollm2_path()
         tokenizer = AutoTokenizer.from_pretrained(folder)
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        if not args.evaluate_only:
-            lines = read_lines(DATA / "train.txt")
+        lines = read_lines(DATA / "train.txt")
+        if args.stage == "train":
             model = new_pair(base, args.rank, args.seed)
-            settings = {k: getattr(args, k) for k in ("rank", "steps", "batch", "lr", "seed")}
+            settings = {k: getattr(args, k) for k in ("rank", "steps", "batch", "lr", "seed", "bf16")}
             say(f"{HUB_ID}, {len(lines)} lines, {json.dumps(settings)}")
             train(model, tokenizer, lines, args, say)
-            calibrate(model, tokenizer, split_validation(lines)[1], say)
             save_pair(model, args.out)
             base = model.unload()
-        # What is measured is what was saved.
-        model = PeftModel.from_pretrained(base, args.out / SIDES[0], adapter_name=SIDES[0])
-        model.load_adapter(args.out / SIDES[1], adapter_name=SIDES[1])
-        measured = evaluate(model.eval(), tokenizer, args, say)
+        model = load_pair(base, args.out)
+        if args.stage != "evaluate":
+            calibrate(model, tokenizer, split_validation(lines)[1], say)
+            save_pair(model, args.out)
+            model = load_pair(model.unload(), args.out)
+        measured = evaluate(model, tokenizer, args, say)
         (args.out / "measured.json").write_text(json.dumps(measured, indent=2) + "\n")
 
 

@@ -38,9 +38,7 @@ def pair(training):
     except ValueError as missing:
         pytest.skip(str(missing))
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model = training.PeftModel.from_pretrained(base, PAIR / "expert", adapter_name="expert")
-    model.load_adapter(PAIR / "anti_expert", adapter_name="anti_expert")
-    return model.eval(), AutoTokenizer.from_pretrained(folder)
+    return training.load_pair(base, PAIR), AutoTokenizer.from_pretrained(folder)
 
 
 def data(name):
