@@ -57,7 +57,8 @@ class AsyncLLM:
         self._lock = threading.Condition()
         self._calls: deque[Callable[[], None]] = deque()  # what the loop's thread does before its next step
         self._clients: dict[str, _Client] = {}
-        self._closing = False
+        self._closing = False  # no new requests
+        self._ended = False  # no more steps
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
@@ -106,8 +107,15 @@ class AsyncLLM:
 
     def abort_soon(self, request_id: str) -> None:
         """:meth:`abort`, from any thread."""
+<<<<<<< HEAD
         with suppress(EngineDeadError):  # the request went down with the engine
             self._call(lambda: self._abort(request_id))
+=======
+        try:
+            self._call(lambda: self._abort(request_id), while_closing=True)
+        except EngineDeadError:
+            pass  # it went down with the engine
+>>>>>>> 3d16b04988be35455d1e2ba909a41ee3d458e828
 
     def shutdown(self, drain: bool = False, timeout: float | None = None) -> None:
         """End the loop: at once, or (``drain``) when every accepted request is done."""
@@ -119,9 +127,13 @@ class AsyncLLM:
         self._thread.join(timeout)
 
     # ── the loop's thread ───────────────────────────────────────────────────────────────────────────────────────────
-    def _call(self, function: Callable[[], None]) -> None:
+    def _call(self, function: Callable[[], None], while_closing: bool = False) -> None:
         with self._lock:
+<<<<<<< HEAD
             if self._closing or not self._thread.is_alive():
+=======
+            if self._ended or (self._closing and not while_closing):
+>>>>>>> 3d16b04988be35455d1e2ba909a41ee3d458e828
                 raise EngineDeadError(
                     "the engine has been shut down" if self._error is None else "the engine has failed"
                 ) from self._error
@@ -146,7 +158,7 @@ class AsyncLLM:
             self._error = error
         finally:
             with self._lock:
-                self._closing = True
+                self._closing = self._ended = True
                 calls, self._calls = self._calls, deque()
             for call in calls:
                 call()
@@ -176,8 +188,10 @@ class AsyncLLM:
 
         result: str | Exception
         try:
-            if self._error is not None:
-                raise EngineDeadError("the engine has failed") from self._error
+            if self._ended:
+                raise EngineDeadError(
+                    "the engine has been shut down" if self._error is None else "the engine has failed"
+                ) from self._error
             if len(self.engine.scheduler.waiting) >= self.max_waiting:
                 raise QueueFullError(f"{self.max_waiting} requests are waiting, no more are taken")
             request = self.engine.add_request(prompt, params, request_id)

@@ -52,6 +52,7 @@ class Detokenizer:
         self._stops = stops
         self._include_stop = include_stop
         self._longest_stop = max(map(len, stops), default=0)
+        self.pushed = 0  # tokens so far
         self.text = ""
         self.stop: str | None = None
 
@@ -59,6 +60,7 @@ class Detokenizer:
         """Add tokens; returns the stop string that was met, if any and if it may. ``text`` then ends there."""
         for token in tokens:
             self._ids.append(token)
+            self.pushed += 1
             before = self._decode(self._ids[self._start : self._shown])
             after = self._decode(self._ids[self._start :])
             # A character of several tokens decodes to a replacement sign until the last of them is there.

@@ -103,7 +103,7 @@ class Engine:
         if params.stops and self.tokenizer is None:
             raise ValueError(f"stop is {params.stop!r}, but the model folder has no tokenizer: use stop_token_ids")
         if request_id is None:
-            request_id = f"request-{next(self._ids)}"
+            request_id = next(name for number in self._ids if (name := f"request-{number}") not in self.requests)
         if request_id in self.requests:
             raise ValueError(f"request_id {request_id!r} is in use")
         text, tokens, own_prompts = self._prompt(prompt)
@@ -130,7 +130,7 @@ class Engine:
             unknown = set(prompt) - {"prompt", "prompt_token_ids", "pair_prompts"}
             if unknown or ("prompt" in prompt) == ("prompt_token_ids" in prompt):
                 raise ValueError(
-                    f"prompt has the keys {sorted(prompt)}, allowed are 'prompt' or 'prompt_token_ids', and 'pair_prompts'"
+                    f"prompt has the keys {list(prompt)}, allowed are 'prompt' or 'prompt_token_ids', and 'pair_prompts'"
                 )
             own = self._own_prompts(prompt.get("pair_prompts", {}))
             prompt = prompt.get("prompt", prompt.get("prompt_token_ids"))  # type: ignore[assignment]
@@ -158,9 +158,16 @@ class Engine:
                 raise ValueError(
                     f"pair_prompts names {name!r}, pairs of prompts are {', '.join(sorted(map(repr, known))) or 'none'}"
                 )
+<<<<<<< HEAD
             if not isinstance(sides, Mapping) or set(sides) - {"expert", "anti_expert"}:
                 raise ValueError(
                     f"pair_prompts[{name!r}] is {sides!r}, a dict with 'expert' and 'anti_expert' is allowed"
+=======
+            known_sides = isinstance(sides, Mapping) and not set(sides) - {"expert", "anti_expert"}
+            if not known_sides or not all(isinstance(text, str) for text in sides.values()):
+                raise ValueError(
+                    f"pair_prompts[{name!r}] is {sides!r}, a dict of strings for 'expert' and 'anti_expert' is allowed"
+>>>>>>> 3d16b04988be35455d1e2ba909a41ee3d458e828
                 )
         return {name: dict(sides) for name, sides in value.items()}
 
@@ -169,6 +176,13 @@ class Engine:
             raise ValueError(
                 "prompt is a string, but the model folder has no tokenizer: a list of token ids is allowed"
             )
+<<<<<<< HEAD
+=======
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # half of a surrogate pair, which is no text
+            raise ValueError(f"prompt holds {text[error.start]!r} at {error.start}, Unicode text is allowed") from None
+>>>>>>> 3d16b04988be35455d1e2ba909a41ee3d458e828
         tokens = list(self.tokenizer(text).input_ids)
         if not tokens:
             raise ValueError(f"prompt is {text!r}, which has no tokens: at least one is needed")
@@ -220,6 +234,14 @@ class Engine:
         self.scheduler.abort(request)
         return self._close(request)
 
+    def reset(self) -> None:
+        """Forget every request and the cache: right after an interrupt, which can strike in the middle of anything."""
+        old = self.scheduler
+        self.blocks = BlockManager(self.blocks.num_blocks, self.blocks.prefix_caching)
+        self.scheduler = Scheduler(self.layout, self.blocks, old.max_num_seqs, old.max_num_batched_tokens, old.eos)
+        self.requests.clear()
+        self._detokenizers.clear()
+
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work
@@ -270,9 +292,7 @@ class Engine:
                 params.stops,
                 params.include_stop_str_in_output,
             )
-            new = sequence.output
-        else:
-            new = sequence.output[-1:]
+        new = sequence.output[reader.pushed : self._text_end(sequence)]
         met = reader.push(new, may_stop=len(sequence.output) >= params.min_tokens)
         if met is None and sequence.finish_reason == "length":
             met = reader.flush()
@@ -325,12 +345,20 @@ class Engine:
         if self.tokenizer is None or not sequence.output:
             return ""
         reader = self._detokenizers.get(sequence)
-        if reader is not None and not sequence.finished:
-            return reader.safe_text
-        output = sequence.output
-        if sequence.finish_reason == "stop" and isinstance(sequence.stop_reason, int):
-            output = output[:-1]  # the token that ended it is not part of its text
+        if reader is not None:
+            if not sequence.finished:
+                return reader.safe_text
+            reader.push(sequence.output[reader.pushed : self._text_end(sequence)], may_stop=False)
+            reader.flush()
+            return reader.text
+        output = sequence.output[: self._text_end(sequence)]
         return decode_output(self._decoder(sequence.request.params), sequence.request.prompt_token_ids, output)
+
+    @staticmethod
+    def _text_end(sequence: Sequence) -> int:
+        """How many of its tokens are text: not the one that ended it, unless that is asked for."""
+        ended_by_token = sequence.finish_reason == "stop" and isinstance(sequence.stop_reason, int)
+        return len(sequence.output) - (ended_by_token and not sequence.request.params.include_stop_str_in_output)
 
     def _logprobs(self, entry: TokenLogprobs) -> dict[int, Logprob]:
         found = {entry.token: Logprob(entry.logprob, entry.rank, self._token_text(entry.token), entry.target_logprob)}

@@ -8,7 +8,7 @@ Two placements are known: *sequential*, every group after the other in the calle
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from queue import SimpleQueue
 from threading import Thread
 from typing import Literal, TypeVar
@@ -64,7 +64,12 @@ class Lanes:
             return [None if f is None else f() for f in functions]
         futures = [None if f is None else lane.submit(f) for lane, f in zip(self._lanes, functions, strict=True)]
         # Wait for all before raising: no lane may still write into a cache when the caller goes on.
-        errors = [future.exception() for future in futures if future is not None]
+        running = [future for future in futures if future is not None]
+        try:
+            errors = [future.exception() for future in running]
+        except KeyboardInterrupt:
+            wait(running)
+            raise
         if error := next((e for e in errors if e is not None), None):
             raise error
         return [None if future is None else future.result() for future in futures]

@@ -84,6 +84,10 @@ class LLM:
         for name, value in (("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", max_num_batched_tokens)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}, allowed is 1 or more")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise ValueError(f"seed is {seed!r}, allowed is an integer")
+        if not isinstance(enable_prefix_caching, bool):
+            raise ValueError(f"enable_prefix_caching is {enable_prefix_caching!r}, allowed are True and False")
         self.ensemble = load_ensemble(str(model), pairs, dtype=dtype, device=device, max_model_len=max_model_len)
         blocks = _num_blocks(self.ensemble, kv_cache_bytes, max_num_seqs)
         self.runner = Runner(self.ensemble, blocks, placement)
@@ -188,17 +192,16 @@ class LLM:
             except ValueError as error:
                 raise ValueError(f"{verb}: prompt {index}: {error}" if len(work) > 1 else f"{verb}: {error}") from None
         done: dict[str, RequestOutput] = {}
-        for request in requests:
-            engine.enqueue(request)
         try:
+            for request in requests:
+                engine.enqueue(request)
             with tqdm(total=len(requests), desc=verb, unit="prompt", disable=not use_tqdm) as bar:
                 while len(done) < len(requests):
                     for output in engine.step(stream=False):
                         done[output.request_id] = output
                         bar.update()
         except BaseException:  # Ctrl-C above all: whatever stops us, the engine is left empty and usable
-            for request in requests:
-                engine.abort(request.request_id)
+            engine.reset()
             raise
         return [done[request.request_id] for request in requests]
 
@@ -239,6 +242,8 @@ def _as_list(prompts: Any) -> list[Prompt]:
 def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
+    if not isinstance(params, list | tuple):
+        raise ValueError(f"params is {params!r}, a SamplingParams or a list of them is allowed")
     listed = list(params)
     if len(listed) != count:
         raise ValueError(f"params is a list of {len(listed)}, allowed is one, or one for each of the {count} prompts")

@@ -12,6 +12,9 @@ from ensemble_decode.models.layout import Layout
 _INT64 = 1 << 63
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK64 = (1 << 64) - 1
+# Parameters become float32 on their way to the sampler: what would be 0 or infinite there is refused here.
+_FLOAT32_MAX = (2 - 2**-23) * 2.0**127
+_FLOAT32_TINY = 2.0**-126
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +86,7 @@ class SamplingParams:
         elif self.alpha is not None:
             _number("alpha", self.alpha)
         _number("temperature", self.temperature, 0.0)
-        if not 0 < _number("top_p", self.top_p) <= 1:
+        if not _FLOAT32_TINY <= _number("top_p", self.top_p) <= 1:
             raise ValueError(f"top_p is {self.top_p!r}, allowed is above 0, at most 1")
         if not 0 <= _number("min_p", self.min_p) < 1:
             raise ValueError(f"min_p is {self.min_p!r}, allowed is at least 0, below 1")
@@ -97,7 +100,7 @@ class SamplingParams:
         _integer("n", self.n, 1, 1024)
         if self.seed is not None:
             _integer("seed", self.seed, -_INT64, 2 * _INT64 - 1)
-        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        stops = [self.stop] if isinstance(self.stop, str) else [] if self.stop is None else self.stop
         if not isinstance(stops, list | tuple) or not all(isinstance(s, str) and s for s in stops):
             raise ValueError(f"stop is {self.stop!r}, a string or a list of strings, none empty, is allowed")
         put(self, "stops", tuple(stops))
@@ -109,7 +112,7 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), 0, 1000)
-        if _number("repetition_penalty", self.repetition_penalty) <= 0:
+        if _number("repetition_penalty", self.repetition_penalty) < _FLOAT32_TINY:
             raise ValueError(f"repetition_penalty is {self.repetition_penalty!r}, allowed is above 0 (1 is off)")
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
@@ -170,8 +173,12 @@ def sample_seed(seed: int, index: int) -> int:
 def _number(name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{name} is {value!r}, a number is allowed")
-    if not math.isfinite(value) or not least <= value <= most:
-        bounds = "a finite number" if math.isinf(least) and math.isinf(most) else f"a finite number from {least:g}"
+    if not -_FLOAT32_MAX <= value <= _FLOAT32_MAX or not least <= value <= most:
+        bounds = (
+            "a finite number (of float32)"
+            if math.isinf(least) and math.isinf(most)
+            else f"a finite number (of float32) from {least:g}"
+        )
         raise ValueError(f"{name} is {value!r}, allowed is {bounds}" + ("" if math.isinf(most) else f" to {most:g}"))
     return value
 

@@ -220,11 +220,19 @@ class Runner:
         if not by_pair:
             return h
         dtype, h = h.dtype, h.float()
+<<<<<<< HEAD
         for steered in by_pair.values():
             rows = [row for row, _ in steered]
             alpha = torch.tensor([item.alpha for _, item in steered]).unsqueeze(1)
             difference = self._difference(
                 hidden, [self._sides(item, spans[row]) for row, item in steered], [offsets[r] for r in rows]
+=======
+        for items in by_pair.values():
+            rows = [row for row, _ in items]
+            alpha = torch.tensor([item.alpha for _, item in items]).unsqueeze(1)
+            difference = self._difference(
+                hidden, [self._sides(item, spans[row]) for row, item in items], [offsets[r] for r in rows]
+>>>>>>> 3d16b04988be35455d1e2ba909a41ee3d458e828
             )
             if len(rows) == len(spans):
                 h = h + alpha * difference
@@ -305,7 +313,11 @@ class Runner:
         self,
         rows: list[SampleRow],
         indices: list[int],
+<<<<<<< HEAD
         nucleus: Literal["combined", "target"],
+=======
+        nucleus: str,
+>>>>>>> 3d16b04988be35455d1e2ba909a41ee3d458e828
         combine: bool,
         spans: list[Span],
         hidden: _Hidden,

@@ -276,7 +276,7 @@ class Scheduler:
                     first,
                     steering,
                     params.temperature,
-                    max(params.top_k, 0),
+                    min(max(params.top_k, 0), self.layout.vocab_size),
                     params.top_p,
                     params.min_p,
                     params.nucleus,
