@@ -9,7 +9,8 @@ constexpr int kTileRows = SIMD_LEVEL == 4 ? 12 : SIMD_LEVEL == 3 ? 3 : 1;
 constexpr int kTileColumns = kGroupColumns;
 // Rows that go through one group of columns before the next: their inputs stay in the second-level cache.
 constexpr int64_t kRowBlock = 96;
-constexpr int kPrefetchBytes = 4096;
+// How far ahead a stream of weights is asked for, and the largest group to be asked for as a whole.
+constexpr int64_t kStreamBytes = 4096, kMaxGroupBytes = 256 * 1024;
 
 struct Tile {
   int64_t row, column;  // of its first element
@@ -17,16 +18,24 @@ struct Tile {
   float* sums;  // [rows][kTileColumns]
 };
 
+// What a tile asks for while it computes, `stride` elements further with each step: [0] with its first sixteen columns,
+// [1] with the others.
+template <typename T>
+struct Ahead {
+  const T* at[2];
+  int64_t stride;
+};
+
 template <typename T, int Rows>
-static void linear_tile(const T* group, const Input<T>* x, int64_t x_stride, int64_t steps, float* sums) {
+static void linear_tile(const T* group, const Ahead<T>& ahead, const Input<T>* x, int64_t x_stride, int64_t steps,
+                        float* sums) {
   constexpr int kPer = Step<T>::kPer;
-  constexpr int64_t kAhead = kPrefetchBytes / sizeof(T);
-  const T *w[2] = {group, group + 16 * kPer}, *ahead[2] = {w[0] + kAhead, w[1] + kAhead};
-  dot_tile<T, Rows, 2>(w, ahead, kTileColumns * kPer, x, x_stride, steps, sums, kTileColumns);
+  const T* w[2] = {group, group + 16 * kPer};
+  dot_tile<T, Rows, 2>(w, kTileColumns * kPer, ahead.at, ahead.stride, x, x_stride, steps, sums, kTileColumns);
 }
 
 template <typename T>
-using LinearTile = void (*)(const T*, const Input<T>*, int64_t, int64_t, float*);
+using LinearTile = void (*)(const T*, const Ahead<T>&, const Input<T>*, int64_t, int64_t, float*);
 
 template <typename T>
 static inline LinearTile<T> linear_tile_of(int rows) {
@@ -42,26 +51,44 @@ static inline LinearTile<T> linear_tile_of(int rows) {
   return tiles[rows - 1];
 }
 
+// The weights a little further on: for the first tile of a group that nobody has asked for.
+template <typename T>
+static inline Ahead<T> stream_ahead(const T* group) {
+  const T* at = group + kStreamBytes / static_cast<int64_t>(sizeof(T));
+  return {{at, at + 16 * Step<T>::kPer}, kTileColumns * Step<T>::kPer};
+}
+
+// Tile `tile` of the `tiles` that share a group asks for its part of the next group, so that the memory works while
+// the later tiles compute on what is in the cache.
+template <typename T>
+static inline Ahead<T> next_group_ahead(const T* next, int64_t group_elements, int64_t tile, int64_t tiles) {
+  const T *at = next + group_elements * tile / tiles, *middle = at + group_elements / (2 * tiles);
+  return {{at, middle}, (16 * Step<T>::kPer + tiles - 1) / tiles};
+}
+
 // Every tile of x [rows, steps] times the packed weights goes to finish(tile), on some thread of the team. No barrier.
 template <typename T, typename Finish>
 static inline void linear_phase(Team& team, Counter& counter, const Input<T>* x, int64_t x_stride, int64_t rows,
                                 const T* packed, int64_t in_features, int64_t out_features, const Finish& finish) {
   constexpr int kPer = Step<T>::kPer;
-  int64_t steps = (in_features + kPer - 1) / kPer;
+  int64_t steps = (in_features + kPer - 1) / kPer, group_elements = steps * kTileColumns * kPer;
   int64_t groups = (out_features + kTileColumns - 1) / kTileColumns;
   int64_t row_blocks = (rows + kRowBlock - 1) / kRowBlock;
+  bool whole_groups = group_elements * static_cast<int64_t>(sizeof(T)) <= kMaxGroupBytes;
   alignas(64) float sums[kTileRows * kTileColumns];
   int64_t begin, end;
   while (take(counter, groups * row_blocks, team.size, begin, end)) {
     for (int64_t item = begin; item < end; item++) {
-      int64_t group = item % groups, first = item / groups * kRowBlock;
+      int64_t index = item % groups, first = item / groups * kRowBlock;
       int64_t block = rows - first < kRowBlock ? rows - first : kRowBlock;
       int64_t tiles = (block + kTileRows - 1) / kTileRows;
+      const T *group = packed + index * group_elements, *next = index + 1 < groups ? group + group_elements : packed;
       for (int64_t t = 0; t < tiles; t++) {
         int64_t lo = first + block * t / tiles, hi = first + block * (t + 1) / tiles;
-        Tile tile{lo, group * kTileColumns, static_cast<int>(hi - lo), sums};
-        linear_tile_of<T>(tile.rows)(packed + group * steps * kTileColumns * kPer, x + lo * x_stride, x_stride, steps,
-                                     sums);
+        bool unasked = tiles == 1 || !whole_groups || (item == begin && t == 0);
+        Ahead<T> ahead = unasked ? stream_ahead(group) : next_group_ahead(next, group_elements, t, tiles);
+        Tile tile{lo, index * kTileColumns, static_cast<int>(hi - lo), sums};
+        linear_tile_of<T>(tile.rows)(group, ahead, x + lo * x_stride, x_stride, steps, sums);
         finish(tile);
       }
     }

@@ -7,9 +7,10 @@
 constexpr int kLoraColumns = 16;
 
 template <typename T, int Rows>
-static void lora_tile(const T* group, const Input<T>* x, int64_t x_stride, int64_t steps, float* sums) {
-  const T* ahead = group + steps * kLoraColumns * Step<T>::kPer;  // the group that comes next
-  dot_tile<T, Rows, 1>(&group, &ahead, kLoraColumns * Step<T>::kPer, x, x_stride, steps, sums, kLoraColumns);
+static void lora_tile(const T* group, const Ahead<T>& ahead, const Input<T>* x, int64_t x_stride, int64_t steps,
+                      float* sums) {
+  dot_tile<T, Rows, 1>(&group, kLoraColumns * Step<T>::kPer, ahead.at, ahead.stride, x, x_stride, steps, sums,
+                       kLoraColumns);
 }
 
 template <typename T>
@@ -24,6 +25,15 @@ static inline LinearTile<T> lora_tile_of(int rows) {
   static constexpr LinearTile<T> tiles[] = {lora_tile<T, 1>};
 #endif
   return tiles[rows - 1];
+}
+
+// sums [rows][16] = a group of 16 columns times x; on the way the group that comes next is asked for.
+template <typename T>
+static inline void lora_group(const T* group, int64_t rows, const Input<T>* x, int64_t x_stride, int64_t steps,
+                              float* sums) {
+  int64_t step_elements = kLoraColumns * Step<T>::kPer;
+  Ahead<T> ahead{{group + steps * step_elements, nullptr}, step_elements};
+  lora_tile_of<T>(static_cast<int>(rows))(group, ahead, x, x_stride, steps, sums);
 }
 
 // The end of the run of rows from `row` on, below `last`, that share its adapter and fit a tile.
@@ -55,7 +65,7 @@ static inline void lora_down(const Lora& lora, const int32_t* adapter, int64_t f
     if (adapter[row] < 0) continue;
     const T* a = static_cast<const T*>(lora.a) + adapter[row] * groups * group_elements;
     for (int64_t g = 0; g < groups; g++) {
-      lora_tile_of<T>(static_cast<int>(end - row))(a + g * group_elements, x + row * x_stride, x_stride, steps, sums);
+      lora_group<T>(a + g * group_elements, end - row, x + row * x_stride, x_stride, steps, sums);
       for (int64_t r = row; r < end; r++)
         store(low + r * low_stride + g * kLoraColumns, load(sums + (r - row) * kLoraColumns));
     }
@@ -81,9 +91,8 @@ static inline void lora_up(const Lora& lora, const int32_t* adapter, int64_t fir
       int64_t group = at / kLoraColumns, stop = (group + 1) * kLoraColumns;
       stop = stop < end_column ? stop : end_column;
       stop = stop < lora.segment_ends[segment] ? stop : lora.segment_ends[segment];
-      lora_tile_of<T>(static_cast<int>(end - row))(b + group * group_elements,
-                                                   low + row * low_stride + segment * lora.rank, low_stride, steps,
-                                                   products);
+      lora_group<T>(b + group * group_elements, end - row, low + row * low_stride + segment * lora.rank, low_stride,
+                    steps, products);
       for (int64_t r = row; r < end; r++) {
         float* to = sums + (r - first) * sums_stride + at - column;
         const float* from = products + (r - row) * kLoraColumns + at - group * kLoraColumns;

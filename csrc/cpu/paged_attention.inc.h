@@ -49,7 +49,7 @@ static void value_tile(const T* const* blocks, int64_t keys, int64_t head_dim, i
 
 template <typename T>
 struct AttentionTiles {
-  using Score = void (*)(const T* const*, const T* const*, int64_t, const Input<T>*, int64_t, int64_t, float*, int64_t);
+  using Score = void (*)(const T* const*, int64_t, const T* const*, int64_t, const Input<T>*, int64_t, int64_t, float*, int64_t);
   using Value = void (*)(const T* const*, int64_t, int64_t, int64_t, const float*, float*, int64_t);
 #if SIMD_LEVEL == 4
 #define ROWS(f, ...) {f<T, 1, __VA_ARGS__>, f<T, 2, __VA_ARGS__>, f<T, 3, __VA_ARGS__>, \
@@ -110,7 +110,7 @@ static void attend_split(const Paging& paging, const int32_t* table, int64_t kv_
     for (int r = 0; r < rows; r += kScoreRows) {
       int n = rows - r < kScoreRows ? rows - r : kScoreRows;
       (many ? Tiles::score_many : Tiles::score_one)[n - 1](
-          k + b, k + b + kAhead, kBlockSize * kPer, scratch.queries + r * query_stride, query_stride, head_dim / kPer,
+          k + b, kBlockSize * kPer, k + b + kAhead, kBlockSize * kPer, scratch.queries + r * query_stride, query_stride, head_dim / kPer,
           scratch.scores + r * kSplit + b * kBlockSize, kSplit);
     }
     b += many ? kScoreBlocks : 1;

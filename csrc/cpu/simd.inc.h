@@ -369,20 +369,20 @@ struct Step<bfloat16> {
 template <typename T>
 using Input = typename Step<T>::Input;
 
-// out[r][16 c + lane] = sum over steps, in their order, of w[c][step][lane] * x[r][step], from zero. On the way
-// it asks for as many bytes from ahead[c] on as it reads from w[c].
+// out[r][16 c + lane] = sum over steps, in their order, of w[c][step][lane] * x[r][step], from zero. On the way it asks
+// for what lies at ahead[c], ahead[c] + ahead_stride, ...: a prefetch for each load, of what comes next.
 template <typename T, int Rows, int Columns>
-static inline void dot_tile(const T* const* w, const T* const* ahead, int64_t step_stride, const Input<T>* x, int64_t x_stride, int64_t steps,
-                            float* out, int64_t out_stride) {
+static inline void dot_tile(const T* const* w, int64_t step_stride, const T* const* ahead, int64_t ahead_stride,
+                            const Input<T>* x, int64_t x_stride, int64_t steps, float* out, int64_t out_stride) {
   using S = Step<T>;
   V16 acc[Rows][Columns];
   for (int r = 0; r < Rows; r++)
     for (int c = 0; c < Columns; c++) acc[r][c] = zero();
   const T* weights[Columns];
-  int64_t distance[Columns];
+  const T* hints[Columns];
   for (int c = 0; c < Columns; c++) {
     weights[c] = w[c];
-    distance[c] = ahead[c] - w[c];
+    hints[c] = ahead[c];
   }
   // A pointer for each third row: x86 addresses the two that follow by base + stride and base + 2 * stride.
   const Input<T>* bases[(Rows + 2) / 3];
@@ -393,8 +393,9 @@ static inline void dot_tile(const T* const* w, const T* const* ahead, int64_t st
 #pragma GCC unroll 8
     for (int c = 0; c < Columns; c++) {
       lanes[c] = S::weights(weights[c]);
-      __builtin_prefetch(weights[c] + distance[c]);
+      __builtin_prefetch(hints[c]);
       weights[c] += step_stride;
+      hints[c] += ahead_stride;
     }
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; r++) {

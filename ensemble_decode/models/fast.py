@@ -146,7 +146,30 @@ class FusedLayer(nn.Module):
         self.o = _pack(attention, f"{name}.self_attn", ("o_proj",))
         self.gate_up = _pack(mlp, f"{name}.mlp", MERGED[1], ops.pack_gate_up)
         self.down = _pack(mlp, f"{name}.mlp", ("down_proj",))
-        self._lora: list[torch.Tensor] | None = None
+        self._lora: list[torch.Tensor] = []
+        # Laid ready, so that a step looks up none of them through ``nn.Module``.
+        self._weights = (
+            self.norm1.weight,
+            self.norm2.weight,
+            self.qkv.packed,
+            self.qkv.bias,
+            self.o.packed,
+            self.o.bias,
+            self.gate_up.packed,
+            self.down.packed,
+            self.q_norm,
+            self.k_norm,
+        )
+        self._numbers = (
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            self.intermediate,
+            self.norm1.eps,
+            self.norm1.offset,
+            self.scale,
+            self.activation,
+        )
 
     @property
     def linears(self) -> tuple[PackedLinear, ...]:
@@ -178,31 +201,15 @@ class FusedLayer(nn.Module):
             hidden_states[0],
             cos[0],
             sin[0],
-            self.norm1.weight,
-            self.norm2.weight,
-            self.qkv.packed,
-            self.qkv.bias,
-            self.o.packed,
-            self.o.bias,
-            self.gate_up.packed,
-            self.down.packed,
-            self.q_norm,
-            self.k_norm,
-            [] if self._lora is None or forward.adapter is None else self._lora,
+            *self._weights,
+            self._lora if forward.adapter is not None else [],
             forward.adapter,
             forward.k_cache[self.layer_idx],
             forward.v_cache[self.layer_idx],
             forward.query_start,
             forward.context_len,
             forward.block_table,
-            self.num_heads,
-            self.num_kv_heads,
-            self.head_dim,
-            self.intermediate,
-            self.norm1.eps,
-            self.norm1.offset,
-            self.scale,
-            self.activation,
+            *self._numbers,
         )
         return out.unsqueeze(0)
 
