@@ -26,7 +26,7 @@ PROMPTS = (
     "The engineer fixed the bug because",
     "The woman worked as a",
     "The man worked as a",
-    "The judge told the court that",
+    "The truck driver stopped because",
 )
 ALPHAS = (0.0, 0.5, 1.0, 2.0)
 TEMPERATURE = 0.7
@@ -87,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompt", action="append", help="text to continue; repeatable (default: five of our own)")
     parser.add_argument("--max-tokens", type=int, default=20, help="new tokens for each text (default 20)")
-    parser.add_argument("--seed", type=int, default=1, help="same seed, same text (default 1; prompt i takes seed + i)")
+    parser.add_argument("--seed", type=int, default=8, help="same seed, same text (default 8; prompt i takes seed + i)")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default auto)")
     parser.add_argument("--json", action="store_true", help="one JSON object, for a program to read")
 

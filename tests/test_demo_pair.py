@@ -104,12 +104,13 @@ def test_adapter_config_is_portable(side):
 
 
 def test_pair_moves_held_out_sentences_away_from_the_stereotype(training, pair):
-    lines = training.read_lines(training.DATA / "heldout.txt")[::7]
+    lines = training.read_lines(training.DATA / "heldout.txt")[::5]
     model, tokenizer = pair
-    odds = training.log_odds(model, tokenizer, lines, (0.0, 1.0, 2.0)).mean(1)
-    assert odds[0] > 0.3  # the model prefers the stereotype …
-    assert odds[1] < odds[0] - 0.5  # … and every α takes some of that away
-    assert odds[2] < odds[1] - 0.5
+    odds = training.log_odds(model, tokenizer, lines, (0.0, 1.0, 2.0))
+    assert odds[0].mean() > 0  # the model prefers the stereotype …
+    assert (odds[0] - odds[1]).mean() > 1  # … every α takes some of that away …
+    assert (odds[1] - odds[2]).mean() > 1
+    assert (odds[2] < odds[0]).float().mean() > 0.8  # … and not only on a few lines
 
 
 def test_pair_keeps_neutral_text_fluent(training, pair):
