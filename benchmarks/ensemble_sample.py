@@ -115,7 +115,8 @@ def parameters(batch: int) -> dict[str, Any]:
 
 def median_time(call: Callable, inputs: Inputs, seconds: float, least: int) -> float:
     """Microseconds a call, over fresh inputs until ``seconds`` are spent, but at least ``least`` calls."""
-    sets, times = inputs.forever(), []
+    sets = inputs.forever()
+    times: list[float] = []
     call(*next(sets))
     end = time.perf_counter() + seconds
     while len(times) < least or time.perf_counter() < end:

@@ -7,6 +7,7 @@
 
 constexpr int64_t kSampleBlock = 256;
 constexpr float kLargestFloat = 3.402823466e38f;
+constexpr float kLog2E = 1.44269504088896341f;
 #define NO_TOKEN (-__builtin_inff())
 
 struct BlockSums {
@@ -95,16 +96,14 @@ static inline bool visit_block(const RowInput<T>& in, int64_t vocab, int64_t blo
   float* score = scratch.score + begin;
   float own_target[kSampleBlock];
   float* target = keep_target ? scratch.target + begin : own_target;
-  V16 heat = set1(temperature), none = set1(NO_TOKEN), max_s = none, max_t = none, limit = set1(kLargestFloat);
+  V16 heat = set1(temperature), per_heat = set1(kLog2E / temperature), per_one = set1(kLog2E), none = set1(NO_TOKEN), max_s = none, max_t = none, limit = set1(kLargestFloat);
   unsigned valid = 0xffff;
   for (int64_t i = 0; i < size; i += 16) {
     int64_t n = size - i;
     V16 z = load_n(in.target + begin + i, n);
     V16 s = combined_at(in, begin + i, n, z);
-    if (divide) {
-      s = s / heat;
-      z = z / heat;
-    }
+    if (divide) s = s / heat;
+    if (divide && keep_target) z = z / heat;
     if (n < 16) {
       s = keep_below(s, static_cast<int>(n), none);
       z = keep_below(z, static_cast<int>(n), none);
@@ -120,14 +119,18 @@ static inline bool visit_block(const RowInput<T>& in, int64_t vocab, int64_t blo
   BlockSums sums{largest(max_s), 0.0f, NO_TOKEN, 0.0f};
   if (sums.max > NO_TOKEN) {
     V16 total = zero(), top = set1(sums.max);
-    for (int64_t i = 0; i < size; i += 16) total = total + exp(load(score + i) - top);
+    for (int64_t i = 0; i < size; i += 16)
+      total = total + power_of_2_at_most_1((load(score + i) - top) * per_one);
     sums.sum = sum(total);
   }
   if (with_target) {
-    sums.target_max = largest(max_t);
-    if (sums.target_max > NO_TOKEN) {
-      V16 total = zero(), top = set1(sums.target_max);
-      for (int64_t i = 0; i < size; i += 16) total = total + exp(load(target + i) - top);
+    // Where no filter looks at t, z stands for it: only the sum divides by T, in its exponents.
+    float own_max = largest(max_t);
+    sums.target_max = keep_target ? own_max : own_max / temperature;
+    if (own_max > NO_TOKEN) {
+      V16 total = zero(), top = set1(own_max), factor = keep_target ? per_one : per_heat;
+      for (int64_t i = 0; i < size; i += 16)
+        total = total + power_of_2_at_most_1((load(target + i) - top) * factor);
       sums.target_sum = sum(total);
     }
   }
@@ -155,11 +158,14 @@ static inline Total fold(const BlockSums* blocks, int64_t count, bool target) {
 }
 
 // Tokens of the row whose filter value is at least `bound`, in the order of their ids.
-static inline int64_t gather(const RowScratch& scratch, const float* filter, bool target, int64_t vocab, float bound) {
+// -1 when there are more than `most`.
+static inline int64_t gather(const RowScratch& scratch, const float* filter, bool target, int64_t vocab, float bound,
+                             int64_t most) {
   int64_t count = 0;
   V16 least = set1(bound);
   for (int64_t b = 0; b < sample_blocks(vocab); b++) {
     if (!((target ? scratch.blocks[b].target_max : scratch.blocks[b].max) >= bound)) continue;
+    if (count > most) return -1;
     int64_t begin = b * kSampleBlock, end = begin + kSampleBlock < vocab ? begin + kSampleBlock : vocab;
     for (int64_t i = begin; i < end; i += 16) {
       unsigned mask = mask_le(least, load(filter + i));
@@ -223,6 +229,45 @@ static inline void noise_of(const int32_t* ids, int64_t n, NoiseKey key, float* 
   }
 }
 // u of 256 tokens from a multiple of 256 on.
+#if SIMD_LEVEL == 4
+// Both halves of sixteen products of 32 bits.
+static inline void multiply_wide(__m512i x, __m512i factor, __m512i& high, __m512i& low) {
+  __m512i even = _mm512_mul_epu32(x, factor), odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), factor);
+  high = _mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xAAAA, odd);
+  low = _mm512_mask_mov_epi32(even, 0xAAAA, _mm512_slli_epi64(odd, 32));
+}
+static inline void store_uniform(float* u, __m512i words) {
+  V16 x = {_mm512_cvtepu32_ps(words)};
+  store(u, (x + set1(0.5f)) * set1(0x1p-32f));
+}
+static inline void noise_of_block(int64_t first, NoiseKey key, float* u) {
+  __m512i f0 = _mm512_set1_epi64(0xD2511F53), f1 = _mm512_set1_epi64(0xCD9E8D57);
+  // Element 4 L + k holds quad 4 k + L: after the transposition in 128-bit lanes below, register k is quads 4 k … 4 k + 3.
+  __m512i quads = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  for (int part = 0; part < kSampleBlock / 64; part++) {
+    __m512i c0 = _mm512_add_epi32(quads, _mm512_set1_epi32(static_cast<int>(first >> 2) + 16 * part));
+    __m512i c1 = _mm512_set1_epi32(static_cast<int>(key.position)), c2 = _mm512_setzero_si512(), c3 = c2;
+    uint32_t k0 = key.k0, k1 = key.k1;
+    for (int round = 0; round < 10; round++) {
+      __m512i h0, l0, h1, l1;
+      multiply_wide(c0, f0, h0, l0);
+      multiply_wide(c2, f1, h1, l1);
+      c0 = _mm512_xor_si512(_mm512_xor_si512(h1, c1), _mm512_set1_epi32(static_cast<int>(k0)));
+      c2 = _mm512_xor_si512(_mm512_xor_si512(h0, c3), _mm512_set1_epi32(static_cast<int>(k1)));
+      c1 = l1;
+      c3 = l0;
+      k0 += 0x9E3779B9u;
+      k1 += 0xBB67AE85u;
+    }
+    __m512i a = _mm512_unpacklo_epi32(c0, c1), b = _mm512_unpackhi_epi32(c0, c1);
+    __m512i c = _mm512_unpacklo_epi32(c2, c3), d = _mm512_unpackhi_epi32(c2, c3);
+    store_uniform(u + 64 * part, _mm512_unpacklo_epi64(a, c));
+    store_uniform(u + 64 * part + 16, _mm512_unpackhi_epi64(a, c));
+    store_uniform(u + 64 * part + 32, _mm512_unpacklo_epi64(b, d));
+    store_uniform(u + 64 * part + 48, _mm512_unpackhi_epi64(b, d));
+  }
+}
+#else
 static inline void noise_of_block(int64_t first, NoiseKey key, float* u) {
   uint32_t words[4][kSampleBlock / 4];
   uint32_t quad = static_cast<uint32_t>(first >> 2);
@@ -233,6 +278,7 @@ static inline void noise_of_block(int64_t first, NoiseKey key, float* u) {
   for (int i = 0; i < kSampleBlock / 4; i++)
     for (int j = 0; j < 4; j++) u[4 * i + j] = uniform(words[j][i]);
 }
+#endif
 
 // The best of (key, lowest id) so far. `weight` tells cheaply who cannot win: key = s - log(E) with E >= u, so a token
 // with u * exp(best - top) > exp(s - top) is behind. 3e-4 covers the rounding of both sides.
@@ -259,22 +305,24 @@ static inline void offer(Best& best, float score, float u, int64_t token, int64_
   }
 }
 
-// No filter at all: every token of the row is a candidate.
-static inline int64_t sample_all(const RowScratch& scratch, int64_t blocks, int64_t vocab, Total total, NoiseKey key) {
+// The best of all tokens with bound <= s and s > above, without gathering them: for rows where that is most tokens.
+static inline int64_t sample_dense(const RowScratch& scratch, int64_t vocab, float max, float bound, float above,
+                                   NoiseKey key) {
   Best best;
-  start(best, total.max);
+  start(best, max);
   float u[kSampleBlock];
-  V16 top = set1(total.max);
-  for (int64_t b = 0; b < blocks; b++) {
+  V16 top = set1(max), per_one = set1(kLog2E), least = set1(bound), floor = set1(above), none = set1(NO_TOKEN);
+  for (int64_t b = 0; b < sample_blocks(vocab); b++) {
+    float block_max = scratch.blocks[b].max;
     // The smallest u is 2^-33.
-    float most = __builtin_expf(scratch.blocks[b].max - total.max);
-    if (!(scratch.blocks[b].max > NO_TOKEN) || most < best.threshold * 0x1p-33f) continue;
+    if (!(block_max >= bound && block_max > above)) continue;
+    if (__builtin_expf(block_max - max) < best.threshold * 0x1p-33f) continue;
     int64_t begin = b * kSampleBlock, end = begin + kSampleBlock < vocab ? begin + kSampleBlock : vocab;
     noise_of_block(begin, key, u);
     for (int64_t i = begin; i < end; i += 16) {
       V16 s = load(scratch.score + i);
-      unsigned mask = mask_le(load(u + (i - begin)) * set1(best.threshold), exp(s - top));
-      mask &= mask_le(set1(-kLargestFloat), s);
+      unsigned mask = mask_le(load(u + (i - begin)) * set1(best.threshold), power_of_2_at_most_1((s - top) * per_one));
+      mask &= mask_le(least, where_greater(s, floor, s, none));
       while (mask) {
         int64_t token = i + __builtin_ctz(mask);
         mask &= mask - 1;
@@ -283,6 +331,23 @@ static inline int64_t sample_all(const RowScratch& scratch, int64_t blocks, int6
     }
   }
   return best.token;
+}
+
+// The weight, exp(s - max), of all tokens with s > own.
+static inline double mass_above(const RowScratch& scratch, int64_t vocab, float max, float own) {
+  double mass = 0.0;
+  V16 top = set1(max), per_one = set1(kLog2E), floor = set1(own);
+  for (int64_t b = 0; b < sample_blocks(vocab); b++) {
+    if (!(scratch.blocks[b].max > own)) continue;
+    int64_t begin = b * kSampleBlock, end = begin + kSampleBlock < vocab ? begin + kSampleBlock : vocab;
+    V16 total = zero();
+    for (int64_t i = begin; i < end; i += 16) {
+      V16 s = load(scratch.score + i);
+      total = total + where_greater(s, floor, power_of_2_at_most_1((s - top) * per_one), zero());
+    }
+    mass += static_cast<double>(sum(total));
+  }
+  return mass;
 }
 
 // Everything after the visits of the blocks.
@@ -312,8 +377,6 @@ static inline void finish_row(const SampleArgs& args, int64_t row, bool valid, b
       while (scratch.score[i] != total.max) i++;
       token = i;
     }
-  } else if (!use_k && p >= 1.0f && min_p <= 0.0f && !greedy) {
-    token = sample_all(scratch, blocks, vocab, total, key);
   } else {
     // `least` is exact: nothing below it is kept. `bound` is where to begin looking.
     float least = -kLargestFloat;
@@ -329,7 +392,20 @@ static inline void finish_row(const SampleArgs& args, int64_t row, bool valid, b
       bound = floor > bound ? floor : bound;
       if (bound > filter_total.max) bound = filter_total.max;
     }
-    int64_t count = gather(scratch, filter, by_target, vocab, bound);
+    // Gathering pays where few tokens are left; the paths that need all of them (k, the target's nucleus) always do.
+    bool may_be_dense = !use_k && !by_target;
+    bool all = may_be_dense && p >= 1.0f && min_p <= 0.0f;
+    int64_t count = all ? -1 : gather(scratch, filter, by_target, vocab, bound, may_be_dense ? vocab / 10 : vocab);
+    if (count < 0) {
+      float above = NO_TOKEN;
+      for (;;) {
+        token = sample_dense(scratch, vocab, total.max, bound, above, key);
+        if (token < 0 || p >= 1.0f) break;
+        if (mass_above(scratch, vocab, total.max, scratch.score[token]) < static_cast<double>(p) * total.sum) break;
+        above = scratch.score[token];
+      }
+      count = 0;
+    }
     const float* f = scratch.candidate_filter;
     if (use_k) {
       float kth = kth_largest(f, count, k < count ? k : count);
@@ -358,7 +434,7 @@ static inline void finish_row(const SampleArgs& args, int64_t row, bool valid, b
     }
     if (!greedy) noise_of(scratch.id, count, key, scratch.noise);
     float above = NO_TOKEN;  // candidates at or below it were found outside the nucleus
-    for (;;) {
+    while (count > 0) {
       Best best;
       start(best, top);
       for (int64_t i = 0; i < count; i++) {

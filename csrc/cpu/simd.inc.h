@@ -43,6 +43,10 @@ static inline V16 keep_below(V16 x, int n, V16 fill) {
 }
 // Bit i: lane i of x is at most that of y (false where either is NaN).
 static inline unsigned mask_le(V16 x, V16 y) { return _mm512_cmp_ps_mask(x.a, y.a, _CMP_LE_OQ); }
+// Lane by lane x > y ? a : b.
+static inline V16 where_greater(V16 x, V16 y, V16 a, V16 b) {
+  return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.a, y.a, _CMP_GT_OQ), b.a, a.a)};
+}
 // Lanes of x, but -inf where z is.
 static inline V16 masked_by(V16 x, V16 z) {
   return {_mm512_mask_mov_ps(x.a, _mm512_cmp_ps_mask(z.a, _mm512_set1_ps(-__builtin_inff()), _CMP_EQ_OQ), z.a)};
@@ -123,6 +127,11 @@ static inline unsigned mask_le(V16 x, V16 y) {
   unsigned lo = static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(x.a, y.a, _CMP_LE_OQ)));
   unsigned hi = static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(x.b, y.b, _CMP_LE_OQ)));
   return lo | hi << 8;
+}
+// Lane by lane x > y ? a : b.
+static inline V16 where_greater(V16 x, V16 y, V16 a, V16 b) {
+  return {_mm256_blendv_ps(b.a, a.a, _mm256_cmp_ps(x.a, y.a, _CMP_GT_OQ)),
+          _mm256_blendv_ps(b.b, a.b, _mm256_cmp_ps(x.b, y.b, _CMP_GT_OQ))};
 }
 static inline __m256 finite_or_zero(__m256 x) {
   __m256 magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x);
@@ -216,6 +225,8 @@ static inline unsigned mask_le(V16 x, V16 y) {
 }
 // Lanes of x, but -inf where z is.
 static inline V16 masked_by(V16 x, V16 z) { EACH_LANE(z.f[i] == -__builtin_inff() ? z.f[i] : x.f[i]); }
+// Lane by lane x > y ? a : b.
+static inline V16 where_greater(V16 x, V16 y, V16 a, V16 b) { EACH_LANE(x.f[i] > y.f[i] ? a.f[i] : b.f[i]); }
 static inline V16 finite_or_zero(V16 x) { EACH_LANE(ensemble_decode::finite_or_zero(x.f[i])); }
 #undef EACH_LANE
 #endif
@@ -293,6 +304,20 @@ static inline V16 exp(V16 x) {
   p = fma(p, r, set1(1.6666665459e-1f));
   p = fma(p, r, set1(5.0000001201e-1f));
   return scale_by_power_of_2(fma(p, r * r, r) + set1(1.0f), n);
+}
+
+// 2^x for x <= 0 to 2e-7, with the polynomial of Cephes' exp2f; below 2^-126 it is 2^-126, which is nothing in a sum of
+// weights whose largest is 1. Half as many instructions as exp.
+static inline V16 power_of_2_at_most_1(V16 x) {
+  V16 bounded = max(x, set1(-126.0f));
+  V16 n = round_to_integer(bounded), f = bounded - n;
+  V16 p = set1(1.535336188319500e-4f);
+  p = fma(p, f, set1(1.339887440266574e-3f));
+  p = fma(p, f, set1(9.618437357674640e-3f));
+  p = fma(p, f, set1(5.550332471162809e-2f));
+  p = fma(p, f, set1(2.402264791363012e-1f));
+  p = fma(p, f, set1(6.931472028550421e-1f));
+  return scale_by_power_of_2(fma(p, f, set1(1.0f)), n);
 }
 
 // How the products of linears and attention scores go: `Step<T>::Weights` is what sixteen lanes of T hold for one
