@@ -322,6 +322,22 @@ def test_prompt_logprobs_survive_preemption():
         assert outputs[str(i)].outputs == squeezed[str(i)].outputs
 
 
+def test_a_prompt_that_is_preempted_halfway_is_scored_once():
+    engine = make_engine(num_blocks=12, layout=PLAIN, max_num_batched_tokens=4, prefix_caching=False)
+    short = SamplingParams(max_tokens=60, seed=0, ignore_eos=True)
+    for i in range(3):
+        engine.add_request(prompt_of(10, i), short, str(i))
+    while len(engine.scheduler.running) < 3 or any(s.pending > 1 for s in engine.scheduler.running):
+        engine.step()
+    params = SamplingParams(prompt_logprobs=0, max_tokens=2, seed=0, ignore_eos=True)
+    engine.add_request(prompt_of(140), params, "long")
+    done = run(engine)
+    assert done["long"].metrics.preemptions > 0
+    assert len(done["long"].prompt_logprobs) == 140
+    assert all(t in entry for t, entry in zip(prompt_of(140)[1:], done["long"].prompt_logprobs[1:], strict=True))
+    check(done["long"], prompt_of(140), params, PLAIN)
+
+
 @pytest.mark.parametrize("length", [1, 2, 16, 17, 100])
 def test_score_only_computes_no_more_than_it_must(length):
     engine = make_engine(max_num_batched_tokens=32)
