@@ -236,7 +236,7 @@ class Page:
                 lines.extend(" " * indent + self.gendered(line) for line in rest)
             return lines
         lines.append(_GUTTER + _GUTTER.join(self.faint(heading.ljust(column)) for heading, _ in entries).rstrip())
-        wrapped = [textwrap.wrap(_one_line(text), column) for _, text in entries]
+        wrapped = [textwrap.wrap(_one_line(text), column, break_on_hyphens=False) for _, text in entries]
         for row in zip_longest(*wrapped, fillvalue=""):
             cells = (self.gendered(cell) + " " * (column - len(cell)) for cell in row)
             lines.append((_GUTTER + _GUTTER.join(cells)).rstrip())
