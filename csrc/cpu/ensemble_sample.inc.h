@@ -152,7 +152,7 @@ static inline Total fold(const BlockSums* blocks, int64_t count, bool target) {
   if (!(total.max > NO_TOKEN)) return total;
   for (int64_t b = 0; b < count; b++) {
     float m = target ? blocks[b].target_max : blocks[b].max, s = target ? blocks[b].target_sum : blocks[b].sum;
-    if (s > 0.0f) total.sum += static_cast<double>(s) * __builtin_exp(static_cast<double>(m) - total.max);
+    if (s > 0.0f) total.sum += static_cast<double>(s * __builtin_expf(m - total.max));
   }
   return total;
 }
@@ -180,6 +180,18 @@ static inline int64_t gather(const RowScratch& scratch, const float* filter, boo
     }
   }
   return count;
+}
+
+// exp(f - max) of every candidate; returns their sum.
+static inline double weigh(const RowScratch& scratch, int64_t count, float max) {
+  V16 top = set1(max), total = zero();
+  for (int64_t i = 0; i < count; i += 16) {
+    V16 weight = exp(load(scratch.candidate_filter + i) - top);
+    if (count - i < 16) weight = keep_below(weight, static_cast<int>(count - i), zero());
+    store(scratch.mass + i, weight);
+    total = total + weight;
+  }
+  return static_cast<double>(sum(total));
 }
 
 static inline uint32_t ordered_bits(float x) {
@@ -395,7 +407,19 @@ static inline void finish_row(const SampleArgs& args, int64_t row, bool valid, b
     // Gathering pays where few tokens are left; the paths that need all of them (k, the target's nucleus) always do.
     bool may_be_dense = !use_k && !by_target;
     bool all = may_be_dense && p >= 1.0f && min_p <= 0.0f;
-    int64_t count = all ? -1 : gather(scratch, filter, by_target, vocab, bound, may_be_dense ? vocab / 10 : vocab);
+    int64_t count = -1;
+    if (!use_k && p < 1.0f) {
+      // Few rows need all of those. If the tokens above a higher bound weigh p of all, no other token is kept.
+      float higher = bound + 2.7725887f;  // a sixteenth of the tokens, were weights spread evenly
+      if (higher < filter_total.max) {
+        count = gather(scratch, filter, by_target, vocab, higher, vocab / 10);
+        if (count > 0 && !(weigh(scratch, count, filter_total.max) >= 1.0001 * p * filter_total.sum)) count = -1;
+      }
+    }
+    if (count < 0 && !all) {
+      count = gather(scratch, filter, by_target, vocab, bound, may_be_dense ? vocab / 10 : vocab);
+      if (count > 0) weigh(scratch, count, filter_total.max);
+    }
     if (count < 0) {
       float above = NO_TOKEN;
       for (;;) {
@@ -411,9 +435,7 @@ static inline void finish_row(const SampleArgs& args, int64_t row, bool valid, b
       float kth = kth_largest(f, count, k < count ? k : count);
       least = kth > least ? kth : least;
     }
-    V16 filter_top = set1(filter_total.max);
     double mass_total = filter_total.sum;
-    for (int64_t i = 0; i < count; i += 16) store(scratch.mass + i, exp(load(f + i) - filter_top));
     if (use_k && p < 1.0f) {
       mass_total = 0.0;
       float kth = least;

@@ -41,7 +41,7 @@ class Lane:
 
     def _work(self, threads: int) -> None:
         ops.set_num_threads(threads)
-        torch.set_num_threads(threads)
+        torch.set_num_threads(1)  # see Runner.execute
         while (item := self._queue.get()) is not None:
             function, future = item
             try:
