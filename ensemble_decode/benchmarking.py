@@ -29,8 +29,12 @@ class Measurement:
 
 
 def prompts(batch: int, length: int, vocab_size: int) -> list[list[int]]:
-    """``batch`` prompts of ``length`` token ids, all different, so that nothing is shared between them."""
-    return [[(7919 * (row * length + i) + 13) % (vocab_size - 1) + 1 for i in range(length)] for row in range(batch)]
+    """``batch`` prompts of ``length`` token ids, all different, and different from those of every other batch size.
+
+    A prompt that two measurements share would be found in the prefix cache by the second.
+    """
+    rows = range(batch * batch, batch * batch + batch)
+    return [[(7919 * (row * length + i) + 13) % (vocab_size - 1) + 1 for i in range(length)] for row in rows]
 
 
 def measure(
