@@ -98,9 +98,13 @@ def test_many_clients_at_once_get_their_own_text(served):
 
 
 def test_a_slow_reader_skips_outputs_and_piles_nothing_up(served):
+    gate = Gate(served.engine)  # or a fast engine is done before the reader has its first output
+    gate.let(1)
+
     async def client():
         stream = served.generate("a", params(100))
         first = await anext(stream)
+        gate.open.set()
         deadline = time.monotonic() + 10
         while served.engine.requests and time.monotonic() < deadline:
             await asyncio.sleep(0.005)
