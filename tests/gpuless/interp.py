@@ -41,6 +41,7 @@ _PATCHED = (
     "create_atomic_rmw",
     "create_atomic_cas",
     "cast_impl",
+    "create_splat",
     "options",
 )
 _SEMANTICS = {
@@ -66,7 +67,7 @@ def run(
     grid: tuple[int, ...],
     *args: Any,
     schedule: str = "sequential",
-    seed: int = 0,
+    order_seed: int = 0,
     races: bool = False,
     uninitialised: tuple = (),
     max_switches: int = 200_000,
@@ -77,7 +78,7 @@ def run(
     Parameters
     ----------
     schedule : str
-        One of :data:`SCHEDULES`; ``seed`` decides the order of the last two.
+        One of :data:`SCHEDULES`; ``order_seed`` decides the order of the last two.
     races : bool
         Report unordered accesses of two programs to one element, of which one is a write.
     uninitialised : tuple of Tensor
@@ -98,7 +99,7 @@ def run(
     bound = inspect.getcallargs(function, *args, **{k: v for k, v in kwargs.items() if k not in options})
     constexpr = {name for name, kind in inspect.get_annotations(function).items() if "constexpr" in str(kind)}
     values = {name: bound[name] if name in constexpr else interpreter._implicit_cvt(bound[name]) for name in names}
-    return _Launch(function, values, bound, grid, uninitialised, races).execute(schedule, seed, max_switches)
+    return _Launch(function, values, bound, grid, uninitialised, races).execute(schedule, order_seed, max_switches)
 
 
 class _Launch:
@@ -208,7 +209,7 @@ class _Launch:
     def _patched(self) -> Iterator[None]:
         missing = object()
         before = {name: _BUILDER.__dict__.get(name, missing) for name in _PATCHED}
-        replacements = (self._load, self._store, self._atomic_rmw, self._atomic_cas, _cast)
+        replacements = (self._load, self._store, self._atomic_rmw, self._atomic_cas, _cast, _splat)
         for name, value in zip(_PATCHED, (*replacements, interpreter.InterpreterOptions(debug=True)), strict=True):
             setattr(_BUILDER, name, value)
         try:
@@ -229,6 +230,13 @@ def _cast(source: Any, dtype: Any) -> Any:
             np.where(np.isnan(source.data), np.uint16(0x7FFF), rounded).astype(np.uint16), dtype.scalar
         )
     return type(_BUILDER).cast_impl(_BUILDER, source, dtype)
+
+
+def _splat(type_: Any, scalar: Any) -> Any:
+    """The stock function gives a comparison of scalars back the type of what was compared."""
+    if scalar.data.dtype == np.bool_:
+        return interpreter.TensorHandle(np.full(type_.shape, scalar.data.item()), tl.int1)
+    return type(_BUILDER).create_splat(_BUILDER, type_, scalar)
 
 
 @contextlib.contextmanager
