@@ -237,7 +237,7 @@ def partials_kernel(
         tl.store(entry + LANES, key)
         tl.store(entry + 2 * LANES, (first + index).to(tl.float32))
         count += 1
-    tl.store(out + COUNT * LANES, count.to(tl.float32))
+    tl.store(out + COUNT * LANES, count * 1.0)
     tl.store(out + MORE * LANES, tl.where(floor < highest, floor, float("inf")))
     if chunk == 0:
         tl.store(ticket + row, 0)
@@ -309,7 +309,18 @@ def _mass_of_top_k(
     mass = 0.0
     for first in range(0, vocab, BLOCK):
         s, t = _scores(
-            target, expert, anti, expert_pair_stride, anti_pair_stride, alpha, first, vocab, heat, PAIRS, HAS_ANTI, BLOCK
+            target,
+            expert,
+            anti,
+            expert_pair_stride,
+            anti_pair_stride,
+            alpha,
+            first,
+            vocab,
+            heat,
+            PAIRS,
+            HAS_ANTI,
+            BLOCK,
         )
         f = t if BY_TARGET else s
         mass += tl.sum(tl.where(_ordered_bits(f) >= prefix, tl.exp(f - maximum), 0.0), 0)
@@ -390,9 +401,7 @@ def resolve_kernel(
         # The row's staircase, from those of the chunks. Where a chunk's list ends early, no search may start above it.
         entry = tl.arange(0, STEPS * LANES)
         step, at = entry // LANES, entry % LANES
-        listed = (at < CHUNKS) & (
-            step < tl.load(base + COUNT * LANES + at, mask=at < CHUNKS, other=0.0).to(tl.int32)
-        )
+        listed = (at < CHUNKS) & (step < tl.load(base + COUNT * LANES + at, mask=at < CHUNKS, other=0.0).to(tl.int32))
         place = base + (LIST + 3 * step) * LANES + at
         list_f = tl.load(place, mask=listed, other=NONE)
         list_key = tl.load(place + LANES, mask=listed, other=NONE)
@@ -444,9 +453,7 @@ def resolve_kernel(
                 for i in range(weighed):
                     bound = tl.min(tl.where(number == i, threshold, float("inf")), 0)
                     tl.store(above + i * LANES + chunk, tl.sum(tl.where(f > bound, weight, 0.0), 0))
-                    tl.store(
-                        above + (CANDIDATES + i) * LANES + chunk, tl.sum(tl.where(f > bound, 1.0, 0.0), 0)
-                    )
+                    tl.store(above + (CANDIDATES + i) * LANES + chunk, tl.sum(tl.where(f > bound, 1.0, 0.0), 0))
             else:
                 for i in range(weighed):
                     tl.store(above + i * LANES + chunk, 0.0)
@@ -712,7 +719,7 @@ def whole_row_kernel(
 
 # ── the host's side ─────────────────────────────────────────────────────────────────────────────────────────────────
 def one_launch_fits(capability: tuple[int, int] | None, vocab: int) -> bool:
-    """Whether a device holds a row of ``vocab`` scores in the registers of one cluster. ``capability`` None: not NVIDIA's.
+    """Whether a device holds a row of ``vocab`` scores in the registers of one cluster.
 
     Data-centre Hopper and Blackwell form clusters of 16; consumer Blackwell (12.x) stops at 8, half as many tokens.
     """
@@ -735,13 +742,21 @@ def plan(
     nucleus_target: bool,
     target_is_combined: bool,
     *,
-    one_launch: bool,
+    capability: tuple[int, int] | None,
+    one_launch: bool | None = None,
 ) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor]]:
     """The launches that sample one token a row, and the tensors they write: (token, logprob, target_logprob).
 
     Shapes and types as in ``ops.ensemble_sample``, not checked here. Nothing is read of any tensor: the launches depend on
     shapes, strides and types alone, so they can be captured in a CUDA graph. The grid depends on the vocabulary and the
     number of rows, the order of every sum on the vocabulary only.
+
+    Parameters
+    ----------
+    capability : (int, int) or None
+        Of an NVIDIA device; None for AMD's.
+    one_launch : bool, optional
+        Which form; by default, one launch where it fits (:func:`one_launch_fits`).
     """
     rows, vocab = target.shape
     token = torch.empty(rows, dtype=torch.int64, device=target.device)
@@ -755,7 +770,7 @@ def plan(
     if rows == 0:
         return [], outputs
     options: dict[str, Any] = {"enable_fp_fusion": False}
-    if one_launch:
+    if one_launch_fits(capability, vocab) if one_launch is None else one_launch:
         block = max(1024, triton.next_power_of_2(vocab))
         options |= {"num_warps": min(16, block // 512), "num_ctas": max(1, block // 8192)}
         arguments = inputs | results | {"IS_COMBINED": target_is_combined, "BLOCK": block}
@@ -764,13 +779,14 @@ def plan(
     chunks = triton.cdiv(vocab, block)
     sizes = {"BLOCK": block, "LANES": triton.next_power_of_2(chunks), "STEPS": STEPS}
     sizes["FIELDS"] = LIST.value + 3 * STEPS + 2 * CANDIDATES
-    inputs["workspace"] = torch.empty(
-        rows, sizes["FIELDS"], sizes["LANES"], dtype=torch.float32, device=target.device
-    )
+    inputs["workspace"] = torch.empty(rows, sizes["FIELDS"], sizes["LANES"], dtype=torch.float32, device=target.device)
     inputs["ticket"] = torch.empty(rows, dtype=torch.int32, device=target.device)
-    options["num_warps"] = block // 256
+    # Eight tokens a thread: one 16-byte load of a 16-bit type.
+    options["num_warps"] = block // 8 // (32 if capability else 64)
+    # Left alone, ptxas keeps the second kernel to fewer registers than that, and spills.
+    resolve_options = options | ({"maxnreg": 128} if capability else {})
     more = {"IS_COMBINED": target_is_combined, "CHUNKS": chunks, "CANDIDATES": CANDIDATES}
     return [
         Launch(partials_kernel, (rows, chunks), inputs | sizes, options),
-        Launch(resolve_kernel, (rows, chunks), inputs | results | sizes | more, options),
+        Launch(resolve_kernel, (rows, chunks), inputs | results | sizes | more, resolve_options),
     ], outputs

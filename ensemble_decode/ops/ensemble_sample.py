@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
+import math
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import library, reference
+
+_SCHEMAS = {  # as in csrc/bindings/ensemble_sample.cpp
+    "ensemble_sample": "(Tensor target, Tensor? expert, Tensor? anti_expert, Tensor? alpha, Tensor temperature, "
+    "Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, Tensor position, bool nucleus_target, "
+    "bool target_is_combined) -> (Tensor, Tensor, Tensor)",
+    "combine_out": "(Tensor target, Tensor? expert, Tensor? anti_expert, Tensor? alpha, Tensor(a!) out) -> ()",
+}
 
 
 class EnsembleSample(NamedTuple):
@@ -66,7 +75,8 @@ def ensemble_sample(
     Raises
     ------
     RuntimeError, ValueError
-        A shape, dtype or value that is not allowed, in one line.
+        A shape, dtype or value that is not allowed, in one line. On a GPU the values of tensors are not looked at, which
+        would make the host wait for the device.
 
     See Also
     --------
@@ -90,7 +100,7 @@ def ensemble_sample(
         _rows_of(seed, (rows,), torch.int64, target),
         _rows_of(position, (rows,), torch.int64, target),
     )
-    if library.available and target.is_cpu:
+    if target.is_cuda or (library.available and target.is_cpu):
         return EnsembleSample(
             *torch.ops.ensemble_decode.ensemble_sample(
                 target, expert, anti_expert, *parameters, nucleus == "target", target_is_combined
@@ -131,9 +141,9 @@ def combine(
         float32 [B, V]; ``out`` where it is given.
     """
     weights = None if expert is None else _rows_of(alpha, (target.shape[0], expert.shape[0]), torch.float32, target)
-    if library.available and target.is_cpu:
+    if target.is_cuda or (library.available and target.is_cpu):
         if out is None:
-            out = torch.empty(target.shape, dtype=torch.float32)
+            out = torch.empty(target.shape, dtype=torch.float32, device=target.device)
         torch.ops.ensemble_decode.combine_out(target, expert, anti_expert, weights, out)
         return out
     combined = reference.combine(target, expert, anti_expert, weights)
@@ -154,15 +164,20 @@ def ensemble_logprob(
     Parameters
     ----------
     token : Tensor
-        int64 [B].
+        int64 [B]. A token outside 0 … V − 1, as −1 of a row without a sample, has the log-probability NaN.
     target, expert, anti_expert, alpha, temperature
         As in :func:`ensemble_sample`; temperature 0 counts as 1.
     """
     heat = _rows_of(temperature, (target.shape[0],), torch.float32, target)
     heat = torch.where(heat == 0, 1.0, heat).unsqueeze(1)
-    index = token.unsqueeze(1)
+    index = token.clamp(0, target.shape[1] - 1).unsqueeze(1)
+    outside = (token < 0) | (token >= target.shape[1])
     combined = combine(target, expert, anti_expert, alpha)
-    return tuple((x / heat).log_softmax(-1).gather(1, index).squeeze(1) for x in (combined, target.float()))  # type: ignore[return-value]
+    logprob, target_logprob = (
+        (x / heat).log_softmax(-1).gather(1, index).squeeze(1).masked_fill(outside, math.nan)
+        for x in (combined, target.float())
+    )
+    return logprob, target_logprob
 
 
 def _rows_of(value: Any, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
@@ -174,17 +189,117 @@ def _rows_of(value: Any, shape: tuple[int, ...], dtype: torch.dtype, like: Tenso
     return torch.full(shape, value, dtype=dtype, device=like.device)
 
 
-if library.available:
-
-    @torch.library.register_fake("ensemble_decode::ensemble_sample")
-    def _ensemble_sample_fake(target: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-        rows = target.shape[0]
-        return (
-            target.new_empty(rows, dtype=torch.int64),
-            target.new_empty(rows, dtype=torch.float32),
-            target.new_empty(rows, dtype=torch.float32),
+# ── CUDA tensors: Triton ────────────────────────────────────────────────────────────────────────────────────────────
+def _ensemble_sample_cuda(
+    target: Tensor,
+    expert: Tensor | None,
+    anti_expert: Tensor | None,
+    alpha: Tensor | None,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    nucleus_target: bool,
+    target_is_combined: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_logits("ensemble_sample", target, expert, anti_expert, alpha)
+    if target_is_combined:
+        _require(expert is None, "ensemble_sample: target_is_combined is true, but experts are given")
+        _require(
+            not nucleus_target,
+            "ensemble_sample: nucleus is 'target', which needs the target's own logits: target_is_combined must be false",
         )
+    for name, value, dtype in (
+        ("temperature", temperature, torch.float32),
+        ("top_k", top_k, torch.int32),
+        ("top_p", top_p, torch.float32),
+        ("min_p", min_p, torch.float32),
+        ("seed", seed, torch.int64),
+        ("position", position, torch.int64),
+    ):
+        _check_tensor("ensemble_sample", name, value, dtype, (target.shape[0],))
+        _require(value.is_contiguous(), f"ensemble_sample: {name} must be contiguous")
+    filters = (temperature, top_k, top_p, min_p, seed, position)
+    from ensemble_decode.kernels import ensemble_sample as kernel
 
-    @torch.library.register_fake("ensemble_decode::combine_out")
-    def _combine_out_fake(*_: Any) -> None:
-        return None
+    capability = None if torch.version.hip else torch.cuda.get_device_capability(target.device)
+    launches, results = kernel.plan(
+        target, expert, anti_expert, alpha, *filters, nucleus_target, target_is_combined, capability=capability
+    )
+    with torch.cuda.device(target.device):
+        for launch in launches:
+            launch()
+    return results
+
+
+def _combine_out_cuda(
+    target: Tensor, expert: Tensor | None, anti_expert: Tensor | None, alpha: Tensor | None, out: Tensor
+) -> None:
+    _check_logits("combine", target, expert, anti_expert, alpha)
+    _check_tensor("combine", "out", out, torch.float32, tuple(target.shape))
+    from ensemble_decode.kernels import combine as kernel
+
+    with torch.cuda.device(target.device):
+        for launch in kernel.plan(target, expert, anti_expert, alpha, out):
+            launch()
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise RuntimeError(message)
+
+
+def _check_tensor(op: str, name: str, value: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    _require(value.is_cuda, f"{op}: {name} is on {value.device}, it must be on the target's device")
+    _require(value.dtype == dtype, f"{op}: {name} is {value.dtype}, it must be {dtype}")
+    _require(tuple(value.shape) == shape, f"{op}: {name} is {list(value.shape)}, it must be {list(shape)}")
+    dense = value.shape[-1] <= 1 or value.stride(-1) == 1
+    _require(dense, f"{op}: {name} must be contiguous in its last dimension")
+
+
+def _check_logits(
+    op: str, target: Tensor, expert: Tensor | None, anti_expert: Tensor | None, alpha: Tensor | None
+) -> None:
+    _require(importlib.util.find_spec("triton") is not None, f"{op}: CUDA tensors need Triton, which is not installed")
+    _require(target.dim() == 2, f"{op}: target is {list(target.shape)}, it must be [batch, vocabulary]")
+    kinds = (torch.float32, torch.bfloat16, torch.float16)
+    _require(target.dtype in kinds, f"{op}: target must be float32, bfloat16 or float16")
+    _check_tensor(op, "target", target, target.dtype, tuple(target.shape))
+    rows, vocab = target.shape
+    _require(1 <= vocab <= 1 << 24, f"{op}: target has {vocab} tokens, allowed are 1 to {1 << 24}")
+    if expert is None:
+        _require(anti_expert is None, f"{op}: anti_expert is given without expert")
+        return
+    _require(expert.dim() == 3, f"{op}: expert is {list(expert.shape)}, it must be [pairs, batch, vocabulary]")
+    pairs = expert.shape[0]
+    _require(pairs <= 64, f"{op}: expert has {pairs} pairs, at most 64 are allowed")
+    _check_tensor(op, "expert", expert, target.dtype, (pairs, rows, vocab))
+    if anti_expert is not None:
+        _check_tensor(op, "anti_expert", anti_expert, target.dtype, (pairs, rows, vocab))
+    if alpha is None:
+        raise RuntimeError(f"{op}: alpha is None, it must be [batch, pairs] where there are experts")
+    _check_tensor(op, "alpha", alpha, torch.float32, (rows, pairs))
+
+
+if not library.available:
+    for _name, _schema in _SCHEMAS.items():
+        torch.library.define(f"ensemble_decode::{_name}", _schema)
+torch.library.impl("ensemble_decode::ensemble_sample", "CUDA", _ensemble_sample_cuda)
+torch.library.impl("ensemble_decode::combine_out", "CUDA", _combine_out_cuda)
+
+
+@torch.library.register_fake("ensemble_decode::ensemble_sample")
+def _ensemble_sample_fake(target: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    rows = target.shape[0]
+    return (
+        target.new_empty(rows, dtype=torch.int64),
+        target.new_empty(rows, dtype=torch.float32),
+        target.new_empty(rows, dtype=torch.float32),
+    )
+
+
+@torch.library.register_fake("ensemble_decode::combine_out")
+def _combine_out_fake(*_: Any) -> None:
+    return None

@@ -156,9 +156,13 @@ def ensemble_logprob(
     alpha: Tensor | None,
     temperature: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """(logprob, target_logprob) of given tokens [B] under softmax(s) and softmax(z / T), float32 [B]."""
+    """(logprob, target_logprob) of given tokens [B] under softmax(s) and softmax(z / T), float32 [B].
+
+    NaN where the token is outside 0 … V − 1.
+    """
     heat = torch.where(temperature == 0, 1.0, temperature.float()).unsqueeze(1)
-    index = token.unsqueeze(1)
+    outside = (token < 0) | (token >= target.shape[1])
+    index = torch.where(outside, 0, token).unsqueeze(1)
     logprob = (combine(target, expert, anti_expert, alpha) / heat).log_softmax(-1).gather(1, index).squeeze(1)
     target_logprob = (target.float() / heat).log_softmax(-1).gather(1, index).squeeze(1)
-    return logprob, target_logprob
+    return torch.where(outside, math.nan, logprob), torch.where(outside, math.nan, target_logprob)

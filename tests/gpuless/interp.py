@@ -95,7 +95,7 @@ def run(
         raise ValueError(f"schedule is {schedule!r}, allowed are {', '.join(SCHEDULES)}")
     function = kernel.fn
     names = list(inspect.signature(function).parameters)
-    options = {"num_warps", "num_stages", "num_ctas", "enable_fp_fusion"}
+    options = {"num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion"}
     bound = inspect.getcallargs(function, *args, **{k: v for k, v in kwargs.items() if k not in options})
     constexpr = {name for name, kind in inspect.get_annotations(function).items() if "constexpr" in str(kind)}
     values = {name: bound[name] if name in constexpr else interpreter._implicit_cvt(bound[name]) for name in names}

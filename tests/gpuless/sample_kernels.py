@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ensemble_decode.kernels.philox import philox4x32_10
+
 
 @triton.jit
 def copy_reads_past_the_end(x, out, N: tl.constexpr, BLOCK: tl.constexpr):
@@ -100,3 +102,18 @@ def many_values(x, out, BLOCK: tl.constexpr):
 def doubles(x, out, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     tl.store(out + i, (tl.load(x + i).to(tl.float64) * 1.1).to(tl.float32))
+
+
+@triton.jit
+def philox_words(counter_and_key, out):
+    c0 = tl.load(counter_and_key).to(tl.uint32)
+    c1 = tl.load(counter_and_key + 1).to(tl.uint32)
+    c2 = tl.load(counter_and_key + 2).to(tl.uint32)
+    c3 = tl.load(counter_and_key + 3).to(tl.uint32)
+    k0 = tl.load(counter_and_key + 4).to(tl.uint32)
+    k1 = tl.load(counter_and_key + 5).to(tl.uint32)
+    w0, w1, w2, w3 = philox4x32_10(c0, c1, c2, c3, k0, k1)
+    tl.store(out, w0.to(tl.int64))
+    tl.store(out + 1, w1.to(tl.int64))
+    tl.store(out + 2, w2.to(tl.int64))
+    tl.store(out + 3, w3.to(tl.int64))

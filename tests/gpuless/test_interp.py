@@ -113,7 +113,15 @@ def test_a_relaxed_ticket_is_a_race() -> None:
 
 def test_programs_that_wait_for_each_other_run_when_preempted() -> None:
     out = torch.zeros(4, dtype=torch.int32)
-    run(kernels.waits_for_all, (4,), torch.zeros(1, dtype=torch.int32), out, PROGRAMS=4, schedule="preemptive", order_seed=1)
+    run(
+        kernels.waits_for_all,
+        (4,),
+        torch.zeros(1, dtype=torch.int32),
+        out,
+        PROGRAMS=4,
+        schedule="preemptive",
+        order_seed=1,
+    )
     assert out.tolist() == [0, 1, 2, 3]
 
 

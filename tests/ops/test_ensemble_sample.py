@@ -126,6 +126,16 @@ def test_ensemble_logprob_agrees_with_what_sampling_reports() -> None:
         torch.testing.assert_close(logprobs, (sample.logprob, sample.target_logprob), rtol=1e-6, atol=1e-5)
 
 
+def test_a_token_outside_the_vocabulary_has_no_logprob() -> None:
+    case = make_case(50, [(1.0, 0, 0.0, 1.0)] * 4, pairs=1)
+    token = torch.tensor([-1, 0, 49, 50])
+    for logprob in (
+        *ops.ensemble_logprob(*case.logits, token, alpha=case.alpha, temperature=case.temperature),
+        *reference.ensemble_logprob(*case.logits, token, alpha=case.alpha, temperature=case.temperature),
+    ):
+        assert logprob.isnan().tolist() == [True, False, False, True]
+
+
 # ── nothing but the row decides ─────────────────────────────────────────────────────────────────────────────────────
 def same(a: EnsembleSample, b: EnsembleSample) -> bool:
     """To the bit, NaN included."""
