@@ -10,13 +10,35 @@ from torch import Tensor
 
 from .launch import Launch
 
+#: How a block lies in its row: inside it; across its end; or holding a whole row with room to spare.
+INSIDE, ACROSS, WHOLE_ROW = (tl.constexpr(i) for i in range(3))
+
 
 @triton.jit
-def _difference(expert, anti, at, mask, HAS_ANTI: tl.constexpr):
-    """z⁺ − z⁻ in float32; what is not finite counts as 0."""
-    difference = tl.load(expert + at, mask=mask, other=0.0).to(tl.float32)
+def _load(source, at, on, vocab, other, PLACE: tl.constexpr):
+    """Logits in float32; ``other`` where the row has ended or ``on``, one condition for the block, is false.
+
+    A mask that ends at a multiple of 16 leaves a load its width, and so does one condition for all. Of a whole row, up to
+    15 tokens that remain are loaded one by one.
+    """
+    if PLACE == INSIDE:
+        x = tl.load(source + at, mask=on, other=other)
+    elif PLACE == ACROSS:
+        x = tl.load(source + at, mask=on & (at < vocab), other=other)
+    else:
+        even = vocab // 16 * 16
+        x = tl.load(source + at, mask=on & (at < even), other=other)
+        if even < vocab:
+            x = tl.where(at < even, x, tl.load(source + at, mask=on & (at >= even) & (at < vocab), other=other))
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _difference(expert, anti, at, on, vocab, HAS_ANTI: tl.constexpr, PLACE: tl.constexpr):
+    """z⁺ − z⁻; what is not finite counts as 0."""
+    difference = _load(expert, at, on, vocab, 0.0, PLACE)
     if HAS_ANTI:
-        difference = difference - tl.load(anti + at, mask=mask, other=0.0).to(tl.float32)
+        difference = difference - _load(anti, at, on, vocab, 0.0, PLACE)
     return tl.where(difference - difference == 0.0, difference, 0.0)
 
 
@@ -29,33 +51,31 @@ def combined_at(
     anti_pair_stride,
     alpha,
     at,
-    inside,
+    vocab,
     PAIRS: tl.constexpr,
     HAS_ANTI: tl.constexpr,
-    MASKED: tl.constexpr,
+    PLACE: tl.constexpr,
 ):
-    """(z, z + Σ α (z⁺ − z⁻)) of one row at tokens ``at``, float32; MASKED: −inf where not ``inside``, which is not read.
-
-    Whether a pair is on is one condition for the whole block: such a mask costs a load nothing of its width. Where α is 0
-    nothing of the pair is read.
-    """
-    if MASKED:
-        z = tl.load(target + at, mask=inside, other=float("-inf")).to(tl.float32)
-    else:
-        z = tl.load(target + at).to(tl.float32)
+    """(z, z + Σ α (z⁺ − z⁻)) of one row at tokens ``at``, float32; −inf from ``vocab`` on. Pairs with α = 0 are not read."""
+    z = _load(target, at, vocab > 0, vocab, float("-inf"), PLACE)
     combined = z
-    if PAIRS <= 4:  # unrolled: the loads of all pairs are in flight together
+    # Unrolled, the loads of all pairs are in flight together, which takes registers that a whole row needs.
+    if PAIRS <= 4 and PLACE != WHOLE_ROW:
         for pair in tl.static_range(PAIRS):
             weight = tl.load(alpha + pair)
-            mask = (inside & (weight != 0.0)) if MASKED else (weight != 0.0)
             combined += weight * _difference(
-                expert + pair * expert_pair_stride, anti + pair * anti_pair_stride, at, mask, HAS_ANTI
+                expert + pair * expert_pair_stride,
+                anti + pair * anti_pair_stride,
+                at,
+                weight != 0.0,
+                vocab,
+                HAS_ANTI,
+                PLACE,
             )
     else:
         for pair in range(PAIRS):
             weight = tl.load(alpha + pair)
-            mask = (inside & (weight != 0.0)) if MASKED else (weight != 0.0)
-            combined += weight * _difference(expert, anti, at, mask, HAS_ANTI)
+            combined += weight * _difference(expert, anti, at, weight != 0.0, vocab, HAS_ANTI, PLACE)
             expert += expert_pair_stride
             anti += anti_pair_stride
     if PAIRS > 0:
@@ -93,12 +113,12 @@ def combine_kernel(
     at = first + tl.arange(0, BLOCK)
     if first + BLOCK <= vocab:
         _, combined = combined_at(
-            target, expert, anti, expert_pair_stride, anti_pair_stride, alpha, at, at, PAIRS, HAS_ANTI, False
+            target, expert, anti, expert_pair_stride, anti_pair_stride, alpha, at, vocab, PAIRS, HAS_ANTI, INSIDE
         )
         tl.store(out + at, combined)
     else:
         _, combined = combined_at(
-            target, expert, anti, expert_pair_stride, anti_pair_stride, alpha, at, at < vocab, PAIRS, HAS_ANTI, True
+            target, expert, anti, expert_pair_stride, anti_pair_stride, alpha, at, vocab, PAIRS, HAS_ANTI, ACROSS
         )
         tl.store(out + at, combined, mask=at < vocab)
 

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .combine import combined_at, logits_arguments
+from .combine import ACROSS, INSIDE, WHOLE_ROW, combined_at, logits_arguments
 from .launch import Launch
 from .philox import gumbel_noise
 
@@ -69,11 +69,11 @@ def _scores(
     at = first + tl.arange(0, BLOCK)
     if first + BLOCK <= vocab:
         t, s = combined_at(
-            target, expert, anti, expert_pair_stride, anti_pair_stride, alpha, at, at, PAIRS, HAS_ANTI, False
+            target, expert, anti, expert_pair_stride, anti_pair_stride, alpha, at, vocab, PAIRS, HAS_ANTI, INSIDE
         )
     else:
         t, s = combined_at(
-            target, expert, anti, expert_pair_stride, anti_pair_stride, alpha, at, at < vocab, PAIRS, HAS_ANTI, True
+            target, expert, anti, expert_pair_stride, anti_pair_stride, alpha, at, vocab, PAIRS, HAS_ANTI, ACROSS
         )
     if heat != 1.0:  # division is exact in every back end, and slow
         s = _divide(s, heat)
@@ -125,7 +125,17 @@ def _store_result(
     of_target = float("nan")
     if chosen >= 0:
         z, combined = combined_at(
-            target, expert, anti, expert_pair_stride, anti_pair_stride, alpha, chosen, chosen, PAIRS, HAS_ANTI, False
+            target,
+            expert,
+            anti,
+            expert_pair_stride,
+            anti_pair_stride,
+            alpha,
+            chosen,
+            chosen + 1,
+            PAIRS,
+            HAS_ANTI,
+            INSIDE,
         )
         own = _divide(combined, heat) - maximum - tl.log(total)
         if PAIRS == 0:
@@ -576,31 +586,11 @@ def _whole_row(
     HAS_ANTI: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """As ``_scores``, for a block that a row does not fill.
-
-    A mask that ends at a multiple of 16 leaves the loads their width; up to 15 tokens that remain are loaded one by one.
-    """
+    """As ``_scores``, for a block that a row does not fill."""
     at = tl.arange(0, BLOCK)
-    even = vocab // 16 * 16
     t, s = combined_at(
-        target, expert, anti, expert_pair_stride, anti_pair_stride, alpha, at, at < even, PAIRS, HAS_ANTI, True
+        target, expert, anti, expert_pair_stride, anti_pair_stride, alpha, at, vocab, PAIRS, HAS_ANTI, WHOLE_ROW
     )
-    if even < vocab:
-        rest_t, rest_s = combined_at(
-            target,
-            expert,
-            anti,
-            expert_pair_stride,
-            anti_pair_stride,
-            alpha,
-            at,
-            (at >= even) & (at < vocab),
-            PAIRS,
-            HAS_ANTI,
-            True,
-        )
-        t = tl.where(at >= even, rest_t, t)
-        s = tl.where(at >= even, rest_s, s)
     if heat != 1.0:
         s = _divide(s, heat)
         t = _divide(t, heat)

@@ -82,7 +82,7 @@ def resources(compiled: Any) -> Resources:
         found = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)\s*$", compiled.asm["amdgcn"], re.M)}
         return Resources(
             found["vgpr_count"],
-            4 * (found["vgpr_spill_count"] + found["sgpr_spill_count"]),
+            4 * found["vgpr_spill_count"],  # scalar registers spill to lanes of vector registers, not to memory
             found["private_segment_fixed_size"],
             found["group_segment_fixed_size"],
         )

@@ -64,10 +64,10 @@ def test_parity(vocab: int, dtype: torch.dtype, one_launch: bool, judge: Judge) 
     grid = list(itertools.product(TOP_P, top_k, [0.0, 0.02, 0.3], [1.0, 0.7, 2.0, 0.0]))
     parameters = endless(grid, seed=vocab + DTYPES.index(dtype))
     kinds = list(itertools.product(PAIRS, ("combined", "target")))
-    rows = len(grid) if FULL and vocab <= 4097 else 24 if FULL else 12 if vocab <= 4097 else 1
+    rows = len(grid) if FULL and vocab <= 4097 else 24 if FULL else 6 if vocab <= 4097 else 1
     if not FULL:
         first = 5 * DTYPES.index(dtype) + vocab  # each type has other kinds
-        kinds = [kinds[(first + 5 * i) % len(kinds)] for i in range(4 if vocab <= 4097 else 2)]
+        kinds = [kinds[(first + 5 * i) % len(kinds)] for i in range(3 if vocab <= 4097 else 1)]
     for number, ((pairs, difference), nucleus) in enumerate(kinds):
         case = make_case(
             vocab,
@@ -226,12 +226,13 @@ def test_one_launch_reads_every_logit_once_whatever_the_filters() -> None:
         assert 1 <= factor <= one_read(4099)
 
 
-@pytest.mark.parametrize("top_p", [0.5, 0.9, 0.99])
-@pytest.mark.parametrize("nucleus", ["combined", "target"])
+@pytest.mark.parametrize(
+    ("top_p", "nucleus"), [(0.5, "combined"), (0.9, "combined"), (0.99, "combined"), (0.9, "target")]
+)
 def test_two_launches_read_at_most_twice(top_p: float, nucleus: str, capsys: pytest.CaptureFixture) -> None:
     """And less where chunks hold nothing above the candidates, or the first candidate is certainly kept."""
-    case = make_case(20000, [(top_p, 0, 0.0, 1.0)] * 8, pairs=1, nucleus=nucleus)
-    case.alpha = torch.ones(8, 1)
+    case = make_case(10000, [(top_p, 0, 0.0, 1.0)] * 4, pairs=1, nucleus=nucleus)
+    case.alpha = torch.ones(4, 1)
     read = factors(case, Interpreted(one_launch=False))
     with capsys.disabled():
         print(f" [top-p {top_p}: {read['target']:.2f} reads]", end="")
@@ -256,21 +257,19 @@ BUGS: dict[str, dict[str, Any]] = {
     "nucleus twice as large": {"right": "(mass < nucleus)", "wrong": "(mass < 2 * nucleus)"},
     "one token too many in top-k": {"right": "(count < most)", "wrong": "(count <= most)"},
     "min-p ignored": {"right": "if least_ratio > 0.0:", "wrong": "if least_ratio > 1.0:"},
-    "highest of equals": {
-        "right": "return_indices_tie_break_left=True",
-        "wrong": "return_indices_tie_break_left=False",
-    },
     "words of a quad swapped": {"right": "tl.join(w0, w2)", "wrong": "tl.join(w2, w0)", "file": "philox"},
     "a mask does not hold": {"right": 'z == float("-inf")', "wrong": 'z == float("inf")', "file": "combine"},
-    "a difference poisons": {"right": "difference - difference == 0.0", "wrong": "True", "file": "combine"},
+    "a difference poisons": {
+        "right": "difference - difference == 0.0",
+        "wrong": "difference == difference",
+        "file": "combine",
+    },
 }
 
 
 @forms
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_wrong_result_is_noticed(bug: str, one_launch: bool, tmp_path: Path) -> None:
-    if bug == "highest of equals" and one_launch is False:
-        pytest.skip("numpy's argmax takes the first in both modes")
     module = with_bug(tmp_path, **BUGS[bug])
     rows = [(0.5, 0, 0.0, 1.0), (0.9, 0, 0.0, 1.0), (1.0, 2, 0.0, 1.0), (1.0, 1, 0.0, 1.0), (1.0, 0, 0.3, 1.0)] * 6
     case = make_case(1100, rows, pairs=1)
@@ -319,8 +318,8 @@ def test_a_second_read_is_noticed(tmp_path: Path) -> None:
     """Bytes are counted where the loads are: a kernel that loads the target twice reads it twice."""
     module = with_bug(
         tmp_path,
-        "z = tl.load(target + at).to(tl.float32)",
-        "z = tl.load(target + at).to(tl.float32) + 0.0 * tl.load(target + at).to(tl.float32)",
+        "x = tl.load(source + at, mask=on, other=other)",
+        "x = tl.load(source + at, mask=on, other=other) + 0.0 * tl.load(source + at, mask=on, other=other)",
         file="combine",
     )
     case = make_case(4096, [(1.0, 0, 0.0, 1.0)] * 2, pairs=1)

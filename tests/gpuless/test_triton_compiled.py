@@ -1,0 +1,209 @@
+"""The sampler's Triton kernels compiled for GPUs that are not here: no spills, wide loads, no fp64, registers, launches."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs Triton")
+pytest.importorskip("greenlet", reason="needs greenlet")
+
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ensemble_decode import ops
+from ensemble_decode.kernels import combine
+from ensemble_decode.kernels.launch import Launch
+
+from ..ops.sampling_cases import Case, make_case
+from .aot import compile_call, opcodes, resources, sass, uses_fp64
+from .triton_sample import launches
+
+FULL = os.environ.get("ENSEMBLE_DECODE_FULL_GRID") == "1"
+#: Registers a thread, at most: what two blocks of 512, and four of 128, leave of the 65,536 of a multiprocessor.
+REGISTERS = {"whole_row_kernel": 128, "partials_kernel": 80, "resolve_kernel": 128, "combine_kernel": 64}
+
+
+def a_case(vocab: int, dtype: torch.dtype, pairs: int = 1, nucleus: str = "combined") -> Case:
+    """Rows padded to a stride that 16 divides, as a model's head leaves them."""
+    return make_case(vocab, [(0.9, 0, 0.0, 1.0)] * 2, pairs=pairs, dtype=dtype, padding=-vocab % 16, nucleus=nucleus)
+
+
+def combine_launch(case: Case) -> Launch:
+    return combine.plan(*case.logits, case.alpha, torch.zeros(case.batch, -(-case.target.shape[1] // 16) * 16))[0]
+
+
+def wide_and_narrow(compiled: Any, dtype: torch.dtype) -> tuple[int, int]:
+    """Loads of 16 bytes, and loads of one element of a 16-bit type (which only logits have)."""
+    if "amdgcn" in compiled.asm:
+        found = Counter(re.findall(r"(?:global|buffer)_load_(\w+)", compiled.asm["amdgcn"]))
+        return found["dwordx4"], found["ushort"]
+    found = opcodes(sass(compiled))
+    wide = sum(n for name, n in found.items() if re.match(r"LDG\.E(\.\w+)*\.128", name))
+    return wide, sum(n for name, n in found.items() if re.match(r"LDG\.E(\.\w+)*\.U16", name))
+
+
+def check(launch: Launch, arch: int | str, dtype: torch.dtype, wide_loads: int) -> str:
+    compiled = compile_call(launch.kernel, arch, launch.arguments, **launch.options)
+    needs = resources(compiled)
+    name = launch.kernel.__name__
+    assert needs.spill_bytes == needs.stack_bytes == 0, f"{name} on {arch}: {needs}"
+    assert needs.registers <= REGISTERS[name], f"{name} on {arch}: {needs}"
+    wide, narrow = wide_and_narrow(compiled, dtype)
+    assert wide >= wide_loads, f"{name} on {arch}: {wide} loads of 16 bytes, expected {wide_loads}"
+    if isinstance(arch, int):
+        text = sass(compiled)
+        assert not uses_fp64(text)
+        assert not any(code.startswith(("LDL", "STL")) for code in opcodes(text)), f"{name} on {arch}: local memory"
+    else:
+        assert "_f64" not in compiled.asm["amdgcn"]
+    return f"{name} {arch}: {needs.registers} registers, {wide} wide and {narrow} narrow loads"
+
+
+TWO_LAUNCHES = [
+    (arch, dtype, vocab, pairs, nucleus)
+    for arch in (80, 90, 100, "gfx942")
+    for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    for vocab in (50257, 128256)
+    for pairs, nucleus in ((1, "combined"), (2, "target"))
+]
+ONE_LAUNCH = [configuration for configuration in TWO_LAUNCHES if configuration[0] in (90, 100)]
+
+
+def sampled(grid: list) -> list:
+    """All of it, or every seventh: each architecture, type and vocabulary several times."""
+    return grid if FULL else grid[::7]
+
+
+@pytest.mark.parametrize(("arch", "dtype", "vocab", "pairs", "nucleus"), sampled(TWO_LAUNCHES), ids=str)
+def test_two_launches_compile_without_spills_and_with_wide_loads(
+    arch: int | str, dtype: torch.dtype, vocab: int, pairs: int, nucleus: str
+) -> None:
+    capability = None if arch == "gfx942" else (arch // 10, 0)  # type: ignore[operator]
+    case = a_case(vocab, dtype, pairs, nucleus)
+    wide = (1 + 2 * pairs) * dtype.itemsize // 2  # eight tokens a thread of each tensor
+    for launch in launches(case, one_launch=False, capability=capability)[0]:
+        print(check(launch, arch, dtype, wide))
+
+
+@pytest.mark.parametrize(("arch", "dtype", "vocab", "pairs", "nucleus"), sampled(ONE_LAUNCH), ids=str)
+def test_one_launch_compiles_without_spills_and_with_wide_loads(
+    arch: int, dtype: torch.dtype, vocab: int, pairs: int, nucleus: str
+) -> None:
+    case = a_case(vocab, dtype, pairs, nucleus)
+    plan, _ = launches(case, capability=(arch // 10, 0))
+    if len(plan) > 1:
+        pytest.skip("the table gives this one two launches")
+    assert plan[0].options["num_ctas"] == (8 if vocab <= 65536 else 16)
+    print(check(plan[0], arch, dtype, 3 * dtype.itemsize))  # the pairs are a loop
+
+
+@pytest.mark.parametrize("arch", [80, "gfx942"])
+def test_combine_compiles_without_spills_and_with_wide_loads(arch: int | str) -> None:
+    case = a_case(50257, torch.bfloat16, 2)
+    print(check(combine_launch(case), arch, torch.bfloat16, 0 if arch == "gfx942" else 5))
+
+
+def test_the_checks_can_fail() -> None:
+    """A stride that nothing divides costs the width; one warp for a large block costs registers."""
+    case = make_case(50257, [(0.9, 0, 0.0, 1.0)] * 2, pairs=1)
+    with pytest.raises(AssertionError, match="16 bytes"):
+        check(launches(case, one_launch=False)[0][0], 90, torch.float32, 6)
+    crowded = launches(a_case(50257, torch.float32), one_launch=True)[0][0]
+    crowded.options["num_ctas"] = 1
+    with pytest.raises(AssertionError, match=r"registers|local memory|spill"):
+        check(crowded, 90, torch.float32, 6)
+
+
+# ── launches, seen without launching ────────────────────────────────────────────────────────────────────────────────
+def on_a_fake_gpu(vocab: int, rows: int) -> Case:
+    """A case of tensors that say they are on a GPU and hold nothing; call inside a ``FakeTensorMode``."""
+    row = {"device": "cuda", "dtype": torch.float32}
+    logits = torch.empty(rows, vocab, **row).bfloat16()
+    pair = torch.empty(2, rows, vocab, **row).bfloat16()
+    whole, long = (
+        torch.empty(rows, device="cuda", dtype=torch.int32),
+        torch.empty(rows, device="cuda", dtype=torch.int64),
+    )
+    single = torch.empty(rows, **row)
+    return Case(logits, pair, pair, torch.empty(rows, 2, **row), single, whole, single, single, long, long)
+
+
+@pytest.mark.parametrize(
+    ("capability", "vocab", "grids"),
+    [
+        ((8, 0), 50257, [(7, 50), (7, 50)]),
+        ((9, 0), 50257, [(7,)]),
+        ((9, 0), 128256, [(7,)]),
+        ((10, 0), 131072, [(7,)]),
+        ((9, 0), 151936, [(7, 75), (7, 75)]),
+        ((12, 0), 128256, [(7, 63), (7, 63)]),
+        (None, 262144, [(7, 128), (7, 128)]),
+    ],
+    ids=str,
+)
+def test_the_form_depends_on_the_device_and_the_vocabulary(
+    capability: tuple[int, int] | None, vocab: int, grids: list
+) -> None:
+    with FakeTensorMode():
+        plan, _ = launches(on_a_fake_gpu(vocab, 7), capability=capability)
+        assert [launch.grid for launch in plan] == grids
+        alone, _ = launches(on_a_fake_gpu(vocab, 1), capability=capability)
+    for one, many in zip(alone, plan, strict=True):
+        # The batch changes the number of programs and nothing else.
+        assert one.grid[1:] == many.grid[1:]
+        assert one.options == many.options
+        constants = {name: x for name, x in one.arguments.items() if name.isupper()}
+        assert constants == {name: many.arguments[name] for name in constants}
+
+
+@pytest.mark.skipif(not torch.library.wrap_triton, reason="needs torch.library.wrap_triton")
+def test_a_traced_graph_shows_the_launches() -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def traced(target: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
+        single, whole = target.new_ones(3, dtype=torch.float32), seed.int()
+        case = Case(target, None, None, None, single, whole, single, single, seed, seed)
+        plan, results = launches(case, one_launch=False)
+        for launch in plan:
+            torch.library.wrap_triton(launch.kernel)[launch.grid](**launch.arguments)
+        return results[0]
+
+    with FakeTensorMode():
+        target, seed = torch.empty(3, 50257, device="cuda"), torch.empty(3, device="cuda", dtype=torch.int64)
+        graph = make_fx(traced)(target, seed).graph
+    nodes = [node for node in graph.nodes if "triton_kernel_wrapper" in str(node.target)]
+    assert [node.kwargs["grid"] for node in nodes] == [[(3, 50, 1)], [(3, 50, 1)]] or [
+        tuple(node.kwargs["grid"][0])[:2] for node in nodes
+    ] == [(3, 50), (3, 50)]
+
+
+def test_fake_gpu_tensors_go_through_the_operator() -> None:
+    with FakeTensorMode():
+        case = on_a_fake_gpu(50257, 5)
+        parameters = (case.alpha, case.temperature, case.top_k, case.top_p, case.min_p, case.seed, case.position)
+        results = torch.ops.ensemble_decode.ensemble_sample(*case.logits, *parameters, False, False)
+        assert [(x.shape, x.dtype, x.device.type) for x in results] == [
+            ((5,), torch.int64, "cuda"),
+            ((5,), torch.float32, "cuda"),
+            ((5,), torch.float32, "cuda"),
+        ]
+        assert ops.combine(*case.logits, case.alpha).device.type == "cuda"
+
+
+def test_the_operator_exports() -> None:
+    class Step(torch.nn.Module):
+        def forward(self, target: torch.Tensor, seed: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return tuple(ops.ensemble_sample(target, top_p=0.9, seed=seed, position=3))
+
+    program = torch.export.export(Step(), (torch.randn(2, 99), torch.tensor([1, 2])))
+    assert any("ensemble_sample" in str(node.target) for node in program.graph.nodes)
+
+
+def test_cuda_has_a_kernel() -> None:
+    for name in ("ensemble_sample", "combine_out"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ensemble_decode::{name}", "CUDA")
