@@ -32,8 +32,9 @@ NONE = tl.constexpr(float("-inf"))
 
 #: Fields of a chunk's partial results, one float32 each (counts and ids are below 2²⁴, and exact).
 MAX, SUM, TARGET_MAX, TARGET_SUM, BAD, MORE, COUNT, LIST = (tl.constexpr(i) for i in range(8))
-STEPS = 4  # steps of a chunk's staircase that are written down
-CANDIDATES = 8  # candidates of a row that one sweep weighs
+#: (steps of a chunk's staircase that are written down, candidates of a row that one sweep weighs). Where the filters look
+#: at the target, what they look at and the keys have less to do with each other, and the staircases are longer.
+STAIRCASE = {False: (4, 8), True: (16, 16)}
 
 
 # ── parts of both forms ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -767,15 +768,16 @@ def plan(
         return [Launch(whole_row_kernel, (rows,), arguments, options)], outputs
     block = 1024 if vocab <= 65536 else 2048
     chunks = triton.cdiv(vocab, block)
-    sizes = {"BLOCK": block, "LANES": triton.next_power_of_2(chunks), "STEPS": STEPS}
-    sizes["FIELDS"] = LIST.value + 3 * STEPS + 2 * CANDIDATES
+    steps, candidates = STAIRCASE[inputs["BY_TARGET"]]
+    sizes = {"BLOCK": block, "LANES": triton.next_power_of_2(chunks), "STEPS": steps}
+    sizes["FIELDS"] = LIST.value + 3 * steps + 2 * candidates
     inputs["workspace"] = torch.empty(rows, sizes["FIELDS"], sizes["LANES"], dtype=torch.float32, device=target.device)
     inputs["ticket"] = torch.empty(rows, dtype=torch.int32, device=target.device)
     # Eight tokens a thread: one 16-byte load of a 16-bit type.
     options["num_warps"] = block // 8 // (32 if capability else 64)
     # Left alone, ptxas keeps the second kernel to fewer registers than that, and spills.
     resolve_options = options | ({"maxnreg": 128} if capability else {})
-    more = {"IS_COMBINED": target_is_combined, "CHUNKS": chunks, "CANDIDATES": CANDIDATES}
+    more = {"IS_COMBINED": target_is_combined, "CHUNKS": chunks, "CANDIDATES": candidates}
     return [
         Launch(partials_kernel, (rows, chunks), inputs | sizes, options),
         Launch(resolve_kernel, (rows, chunks), inputs | results | sizes | more, resolve_options),

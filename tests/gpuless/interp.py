@@ -27,11 +27,12 @@ import greenlet
 import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
+from triton.runtime.errors import InterpreterError
 from triton.runtime.jit import JITFunction
 
-from .shadow import KernelFault, Memory, Races, active_lanes
+from .shadow import KernelFault, Memory, Races, active_lanes, nothing_written
 
-__all__ = ["SCHEDULES", "KernelFault", "Traffic", "run"]
+__all__ = ["SCHEDULES", "KernelFault", "Traffic", "nothing_written", "run"]
 
 SCHEDULES = ("sequential", "reversed", "shuffled", "preemptive")
 _BUILDER = interpreter.interpreter_builder
@@ -69,7 +70,7 @@ def run(
     schedule: str = "sequential",
     order_seed: int = 0,
     races: bool = False,
-    uninitialised: tuple = (),
+    uninitialised: tuple | dict[int, np.ndarray] = (),
     max_switches: int = 200_000,
     **kwargs: Any,
 ) -> Traffic:
@@ -82,7 +83,8 @@ def run(
     races : bool
         Report unordered accesses of two programs to one element, of which one is a write.
     uninitialised : tuple of Tensor
-        Arguments that hold nothing yet: reading what the launch has not written is a fault.
+        Arguments that hold nothing yet: reading what the launch has not written is a fault. For several launches, what
+        :func:`nothing_written` makes of those tensors, to each of them.
     max_switches : int
         A preemptive run that takes more is taken for a deadlock.
 
@@ -99,20 +101,21 @@ def run(
     bound = inspect.getcallargs(function, *args, **{k: v for k, v in kwargs.items() if k not in options})
     constexpr = {name for name, kind in inspect.get_annotations(function).items() if "constexpr" in str(kind)}
     values = {name: bound[name] if name in constexpr else interpreter._implicit_cvt(bound[name]) for name in names}
-    return _Launch(function, values, bound, grid, uninitialised, races).execute(schedule, order_seed, max_switches)
+    written = uninitialised if isinstance(uninitialised, dict) else nothing_written(*uninitialised)
+    return _Launch(function, values, bound, grid, written, races).execute(schedule, order_seed, max_switches)
 
 
 class _Launch:
     """One launch: its memory, its programs, and the interpreter's functions with checks around them."""
 
     def __init__(
-        self, function: Callable, values: dict, bound: dict, grid: tuple, uninitialised: tuple, races: bool
+        self, function: Callable, values: dict, bound: dict, grid: tuple, written: dict[int, np.ndarray], races: bool
     ) -> None:
         self.function, self.values = function, values
         self.grid = (*grid, 1, 1)[:3]
         x, y, z = self.grid
         self.programs = [(i, j, k) for k in range(z) for j in range(y) for i in range(x)]  # as hardware: x fastest
-        self.memory = Memory({k: v for k, v in bound.items() if hasattr(v, "data_ptr")}, uninitialised)
+        self.memory = Memory({k: v for k, v in bound.items() if hasattr(v, "data_ptr")}, written)
         self.races = Races(len(self.programs)) if races else None
         self.traffic = Traffic()
         self.current = 0
@@ -186,6 +189,11 @@ class _Launch:
                     for self.current in order:
                         _BUILDER.set_grid_idx(*self.programs[self.current])
                         program(**self.values)
+            except InterpreterError as error:  # what a helper function raised
+                cause: BaseException = error
+                while cause.__cause__ is not None:
+                    cause = cause.__cause__
+                raise cause from None
             finally:
                 scope.restore()
         return self.traffic

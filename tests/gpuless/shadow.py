@@ -13,6 +13,19 @@ class KernelFault(Exception):
     """A kernel did what a GPU would not forgive."""
 
 
+def span_bytes(tensor: Tensor) -> int:
+    """Bytes from a tensor's first element to its last."""
+    if not tensor.numel():
+        return 0
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return (1 + last) * tensor.element_size()
+
+
+def nothing_written(*tensors: Tensor) -> dict[int, np.ndarray]:
+    """Which bytes of tensors that the host left empty have been written, by address. Launches that share it go on from it."""
+    return {tensor.data_ptr(): np.zeros(span_bytes(tensor), dtype=bool) for tensor in tensors}
+
+
 @dataclass
 class Window:
     """The bytes of one tensor argument: from its first element to its last."""
@@ -28,10 +41,9 @@ class Window:
     reads: dict[tuple[int, int], list[np.ndarray]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, name: str, tensor: Tensor, uninitialised: bool) -> Window:
-        span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
-        start, size = tensor.data_ptr(), span * tensor.element_size()
-        return cls(name, tensor, start, start + size, np.zeros(size, dtype=bool) if uninitialised else None)
+    def of(cls, name: str, tensor: Tensor, written: np.ndarray | None) -> Window:
+        start = tensor.data_ptr()
+        return cls(name, tensor, start, start + span_bytes(tensor), written)
 
     def cells(self, addresses: np.ndarray, size: int) -> np.ndarray:
         """Indices of the tensor's elements that ``size`` bytes at each address touch."""
@@ -43,10 +55,8 @@ class Window:
 class Memory:
     """All tensors of a launch. Every access is checked for bounds, alignment and uninitialised bytes."""
 
-    def __init__(self, tensors: dict[str, Tensor], uninitialised: tuple[Tensor, ...] = ()) -> None:
-        self.windows = [
-            Window.of(name, tensor, any(tensor is other for other in uninitialised)) for name, tensor in tensors.items()
-        ]
+    def __init__(self, tensors: dict[str, Tensor], written: dict[int, np.ndarray]) -> None:
+        self.windows = [Window.of(name, tensor, written.get(tensor.data_ptr())) for name, tensor in tensors.items()]
 
     def check(self, kind: str, addresses: np.ndarray, size: int, program: int) -> Window | None:
         """The window that the active lanes of one access lie in; None where no lane is active."""

@@ -261,7 +261,7 @@ BUGS: dict[str, dict[str, Any]] = {
     "a mask does not hold": {"right": 'z == float("-inf")', "wrong": 'z == float("inf")', "file": "combine"},
     "a difference poisons": {
         "right": "difference - difference == 0.0",
-        "wrong": "difference == difference",
+        "wrong": "difference != 3.0",
         "file": "combine",
     },
 }

@@ -14,7 +14,7 @@ from ensemble_decode.kernels import ensemble_sample as kernels
 from ensemble_decode.ops import EnsembleSample
 
 from ..ops.sampling_cases import Case
-from .interp import Traffic, run
+from .interp import Traffic, nothing_written, run
 
 HOPPER = (9, 0)
 LOGITS = ("target", "expert", "anti")
@@ -51,9 +51,10 @@ class Interpreted:
     def sample(self, case: Case) -> EnsembleSample:
         plan, results = launches(case, one_launch=self.one_launch, module=self.module)
         self.traffic = []
-        for number, launch in enumerate(plan):
-            # What the first launch of two leaves for the second is not there before.
-            scratch = tuple(launch.arguments[x] for x in ("workspace", "ticket") if x in launch.arguments)
+        # What the first launch of two leaves for the second is not there before.
+        scratch = [plan[0].arguments[x] for x in ("workspace", "ticket") if x in plan[0].arguments]
+        written = nothing_written(*results, *scratch)
+        for launch in plan:
             self.traffic.append(
                 run(
                     launch.kernel,
@@ -61,7 +62,7 @@ class Interpreted:
                     schedule=self.schedule,
                     order_seed=self.order_seed,
                     races=self.races,
-                    uninitialised=(*results, *scratch) if number == 0 else results,
+                    uninitialised=written,
                     **launch.arguments,
                     **launch.options,
                 )
