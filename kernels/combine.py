@@ -147,12 +147,18 @@ def logits_arguments(
 
 
 def plan(
-    target: Tensor, expert: Tensor | None, anti_expert: Tensor | None, alpha: Tensor | None, out: Tensor
+    target: Tensor,
+    expert: Tensor | None,
+    anti_expert: Tensor | None,
+    alpha: Tensor | None,
+    out: Tensor,
+    *,
+    warp_size: int = 32,
 ) -> list[Launch]:
     """The launch that writes z + Σ α (z⁺ − z⁻) to ``out``, float32 [B, V]. Shapes as in ``ops.combine``, not checked."""
     rows, vocab = target.shape
     block = 1024
     arguments = logits_arguments(target, expert, anti_expert, alpha)
     arguments |= {"out": out, "out_stride": out.stride(0), "BLOCK": block}
-    options = {"num_warps": 4, "enable_fp_fusion": False}
+    options = {"num_warps": block // 8 // warp_size, "enable_fp_fusion": False}
     return [Launch(combine_kernel, (rows, triton.cdiv(vocab, block)), arguments, options)] if rows else []

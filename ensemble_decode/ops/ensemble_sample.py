@@ -242,7 +242,7 @@ def _combine_out_cuda(
     from ensemble_decode.kernels import combine as kernel
 
     with torch.cuda.device(target.device):
-        for launch in kernel.plan(target, expert, anti_expert, alpha, out):
+        for launch in kernel.plan(target, expert, anti_expert, alpha, out, warp_size=64 if torch.version.hip else 32):
             launch()
 
 

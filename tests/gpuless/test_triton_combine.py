@@ -1,0 +1,34 @@
+"""The Triton kernel of ``ops.combine`` under the checking interpreter: the reference's bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs Triton")
+pytest.importorskip("greenlet", reason="needs greenlet")
+
+from ensemble_decode.kernels import combine
+from ensemble_decode.ops import reference
+
+from ..ops.sampling_cases import make_case
+from .interp import run
+
+
+@pytest.mark.parametrize(
+    ("pairs", "difference", "padding", "dtype"),
+    [
+        (0, False, 0, torch.float32),
+        (2, False, 7, torch.bfloat16),
+        (3, True, 0, torch.float16),
+        (6, False, 3, torch.float32),
+    ],
+    ids=str,
+)
+def test_the_bits_of_the_reference(pairs: int, difference: bool, padding: int, dtype: torch.dtype) -> None:
+    case = make_case(2500, [(1.0, 0, 0.0, 1.0)] * 3, pairs=pairs, difference=difference, padding=padding, dtype=dtype)
+    out = torch.full((3, 2507), 5.0)
+    for launch in combine.plan(*case.logits, case.alpha, out[:, :2500]):
+        run(launch.kernel, launch.grid, races=True, **launch.arguments, **launch.options)
+    assert torch.equal(out[:, :2500], reference.combine(*case.logits, case.alpha))
+    assert (out[:, 2500:] == 5.0).all()
