@@ -157,13 +157,17 @@ static inline Total fold(const BlockSums* blocks, int64_t count, bool target) {
   return total;
 }
 
-// Tokens of the row whose filter value is at least `bound`, in the order of their ids.
-// -1 when there are more than `most`.
-static inline int64_t gather(const RowScratch& scratch, const float* filter, bool target, int64_t vocab, float bound,
-                             int64_t most) {
+// Tokens in the blocks of `share` whose filter value is at least `bound`, in the order of their ids, laid down from the
+// share's first token on. -1 when there are more than `most`.
+static inline int64_t gather(const RowScratch& row, Share share, const float* filter, bool target, int64_t vocab,
+                             float bound, int64_t most) {
   int64_t count = 0;
   V16 least = set1(bound);
-  for (int64_t b = 0; b < sample_blocks(vocab); b++) {
+  RowScratch scratch = row;
+  scratch.id += share.begin * kSampleBlock;
+  scratch.candidate_filter += share.begin * kSampleBlock;
+  scratch.candidate_score += share.begin * kSampleBlock;
+  for (int64_t b = share.begin; b < share.end; b++) {
     if (!((target ? scratch.blocks[b].target_max : scratch.blocks[b].max) >= bound)) continue;
     if (count > most) return -1;
     int64_t begin = b * kSampleBlock, end = begin + kSampleBlock < vocab ? begin + kSampleBlock : vocab;
@@ -317,14 +321,15 @@ static inline void offer(Best& best, float score, float u, int64_t token, int64_
   }
 }
 
-// The best of all tokens with bound <= s and s > above, without gathering them: for rows where that is most tokens.
-static inline int64_t sample_dense(const RowScratch& scratch, int64_t vocab, float max, float bound, float above,
-                                   NoiseKey key) {
+// The best of the tokens in `share` with bound <= s and s > above, without gathering them: for rows where that is most
+// tokens.
+static inline Best sample_dense(const RowScratch& scratch, Share share, int64_t vocab, float max, float bound,
+                                float above, NoiseKey key) {
   Best best;
   start(best, max);
   float u[kSampleBlock];
   V16 top = set1(max), per_one = set1(kLog2E), least = set1(bound), floor = set1(above), none = set1(NO_TOKEN);
-  for (int64_t b = 0; b < sample_blocks(vocab); b++) {
+  for (int64_t b = share.begin; b < share.end; b++) {
     float block_max = scratch.blocks[b].max;
     // The smallest u is 2^-33.
     if (!(block_max >= bound && block_max > above)) continue;
@@ -342,7 +347,7 @@ static inline int64_t sample_dense(const RowScratch& scratch, int64_t vocab, flo
       }
     }
   }
-  return best.token;
+  return best;
 }
 
 // The weight, exp(s - max), of all tokens with s > own.
@@ -362,24 +367,106 @@ static inline double mass_above(const RowScratch& scratch, int64_t vocab, float 
   return mass;
 }
 
-// Everything after the visits of the blocks.
+// What the sums over a row's blocks say about where its token can be: the same in every thread.
+struct Plan {
+  bool possible;  // the row has a valid sample
+  bool by_target, greedy, use_k, may_be_dense, all;
+  Total total, target_total, filter_total;
+  const float* filter;
+  float least;   // exact: nothing below it is kept
+  float bound;   // no kept token lies below it
+  float higher;  // where to look first, or `bound`: few rows keep a token between the two
+  int64_t most;  // candidates worth gathering
+  NoiseKey key;
+};
+
+static inline Plan plan_row(const SampleArgs& args, int64_t row, bool valid, bool with_target,
+                            const RowScratch& scratch) {
+  int64_t vocab = args.vocab, blocks = sample_blocks(vocab);
+  Plan plan;
+  plan.total = fold(scratch.blocks, blocks, false);
+  plan.possible = valid && plan.total.max > NO_TOKEN && plan.total.max <= kLargestFloat;
+  if (!plan.possible) return plan;
+  plan.target_total = with_target ? fold(scratch.blocks, blocks, true) : plan.total;
+  plan.by_target = args.nucleus_target && with_target;  // without a pair the two distributions are one
+  plan.filter = plan.by_target ? scratch.target : scratch.score;
+  plan.filter_total = plan.by_target ? plan.target_total : plan.total;
+  plan.greedy = args.temperature[row] == 0.0f;
+  int64_t k = args.top_k[row];
+  plan.use_k = k > 0 && k < vocab;
+  float p = args.top_p[row], min_p = args.min_p[row], max = plan.filter_total.max;
+  plan.key = noise_key(args.seed[row], args.position[row]);
+  plan.least = -kLargestFloat;
+  if (min_p > 0.0f) plan.least = max + static_cast<float>(__builtin_log(static_cast<double>(min_p)));
+  plan.bound = plan.higher = plan.least;
+  if (plan.use_k) {
+    // The k-th value has to be found among all that may be above it, whatever min-p says.
+    plan.bound = plan.higher = top_k_bound(scratch, plan.by_target, blocks, k, scratch.mass);
+  } else if (p < 1.0f) {
+    // All tokens with e^(f - m) <= (1 - p) Z / V together weigh at most (1 - p) Z, so none of them is kept.
+    double cut = (1.0 - static_cast<double>(p)) * plan.filter_total.sum / static_cast<double>(vocab);
+    float floor = max + static_cast<float>(__builtin_log(cut * 0.9999)) - 1e-4f;
+    plan.bound = floor > plan.bound ? floor : plan.bound;
+    if (plan.bound > max) plan.bound = max;
+    plan.higher = plan.bound + 2.7725887f;  // a sixteenth of the tokens, were weights spread evenly
+    if (!(plan.higher < max)) plan.higher = plan.bound;
+  }
+  // Gathering pays where few tokens are left; the paths that need all of them (k, the target's nucleus) always do.
+  plan.may_be_dense = !plan.use_k && !plan.by_target;
+  plan.all = plan.may_be_dense && p >= 1.0f && min_p <= 0.0f;
+  plan.most = plan.may_be_dense || plan.higher > plan.bound ? vocab / 10 : vocab;
+  return plan;
+}
+
+// What one thread found in its share of a row: candidates from `plan.higher` on, or, where all tokens are, the best.
+constexpr int kMostParts = 64;
+struct Part {
+  Share share;
+  int64_t count;
+  Best best;
+};
+
+static inline void search_part(const Plan& plan, int64_t vocab, const RowScratch& scratch, Part& part) {
+  part.count = -1;
+  start(part.best, plan.total.max);
+  if (plan.greedy && !plan.by_target) return;  // the blocks' maxima tell where it is
+  if (plan.all)
+    part.best = sample_dense(scratch, part.share, vocab, plan.total.max, plan.bound, NO_TOKEN, plan.key);
+  else
+    part.count = gather(scratch, part.share, plan.filter, plan.by_target, vocab, plan.higher, plan.most);
+}
+
+// The parts' candidates one after another, in the order of their ids; -1 if one gave up.
+static inline int64_t join_parts(const RowScratch& scratch, const Part* parts, int size) {
+  int64_t count = 0;
+  for (int i = 0; i < size; i++) {
+    if (parts[i].count < 0) return -1;
+    int64_t from = parts[i].share.begin * kSampleBlock;
+    size_t bytes = static_cast<size_t>(parts[i].count) * 4;
+    if (from != count) {
+      __builtin_memmove(scratch.id + count, scratch.id + from, bytes);
+      __builtin_memmove(scratch.candidate_filter + count, scratch.candidate_filter + from, bytes);
+      __builtin_memmove(scratch.candidate_score + count, scratch.candidate_score + from, bytes);
+    }
+    count += parts[i].count;
+  }
+  return count;
+}
+
+// Everything after the blocks were visited and searched.
 template <typename T>
-static inline void finish_row(const SampleArgs& args, int64_t row, bool valid, bool with_target,
-                              const RowScratch& scratch) {
+static inline void finish_row(const SampleArgs& args, int64_t row, const Plan& plan, bool with_target,
+                              const RowScratch& scratch, const Part* parts, int size) {
   int64_t vocab = args.vocab, blocks = sample_blocks(vocab);
   args.token[row] = -1;
   args.logprob[row] = args.target_logprob[row] = __builtin_nanf("");
-  Total total = fold(scratch.blocks, blocks, false);
-  if (!valid || !(total.max > NO_TOKEN) || !(total.max <= kLargestFloat)) return;
-  Total target_total = with_target ? fold(scratch.blocks, blocks, true) : total;
-  bool by_target = args.nucleus_target && with_target;  // without a pair the two distributions are one
-  const float* filter = by_target ? scratch.target : scratch.score;
-  Total filter_total = by_target ? target_total : total;
-  bool greedy = args.temperature[row] == 0.0f;
+  if (!plan.possible) return;
+  const Total &total = plan.total, &target_total = plan.target_total, &filter_total = plan.filter_total;
+  const float* filter = plan.filter;
+  bool by_target = plan.by_target, greedy = plan.greedy, use_k = plan.use_k;
   int64_t k = args.top_k[row];
-  bool use_k = k > 0 && k < vocab;
-  float p = args.top_p[row], min_p = args.min_p[row];
-  NoiseKey key = noise_key(args.seed[row], args.position[row]);
+  float p = args.top_p[row], min_p = args.min_p[row], least = plan.least;
+  NoiseKey key = plan.key;
 
   int64_t token = -1;
   if (greedy && !by_target) {  // the best token passes every filter
@@ -389,41 +476,27 @@ static inline void finish_row(const SampleArgs& args, int64_t row, bool valid, b
       while (scratch.score[i] != total.max) i++;
       token = i;
     }
+  } else if (plan.all) {
+    Best best = parts[0].best;
+    for (int i = 1; i < size; i++)  // ids rise from part to part: the first of equals has the lowest
+      if (parts[i].best.token >= 0 && (best.token < 0 || parts[i].best.key > best.key)) best = parts[i].best;
+    token = best.token;
   } else {
-    // `least` is exact: nothing below it is kept. `bound` is where to begin looking.
-    float least = -kLargestFloat;
-    if (min_p > 0.0f) least = filter_total.max + static_cast<float>(__builtin_log(static_cast<double>(min_p)));
-    float bound = least;
-    if (use_k) {
-      // The k-th value has to be found among all that may be above it, whatever min-p says.
-      bound = top_k_bound(scratch, by_target, blocks, k, scratch.mass);
-    } else if (p < 1.0f) {
-      // All tokens with e^(f - m) <= (1 - p) Z / V together weigh at most (1 - p) Z, so none of them is kept.
-      double cut = (1.0 - static_cast<double>(p)) * filter_total.sum / static_cast<double>(vocab);
-      float floor = filter_total.max + static_cast<float>(__builtin_log(cut * 0.9999)) - 1e-4f;
-      bound = floor > bound ? floor : bound;
-      if (bound > filter_total.max) bound = filter_total.max;
+    Share whole{0, blocks};
+    int64_t count = join_parts(scratch, parts, size);
+    if (count > 0) {
+      double weight = weigh(scratch, count, filter_total.max);
+      // If the tokens above the higher bound weigh p of all, no other token is kept.
+      if (plan.higher > plan.bound && !(weight >= 1.0001 * p * filter_total.sum)) count = -1;
     }
-    // Gathering pays where few tokens are left; the paths that need all of them (k, the target's nucleus) always do.
-    bool may_be_dense = !use_k && !by_target;
-    bool all = may_be_dense && p >= 1.0f && min_p <= 0.0f;
-    int64_t count = -1;
-    if (!use_k && p < 1.0f) {
-      // Few rows need all of those. If the tokens above a higher bound weigh p of all, no other token is kept.
-      float higher = bound + 2.7725887f;  // a sixteenth of the tokens, were weights spread evenly
-      if (higher < filter_total.max) {
-        count = gather(scratch, filter, by_target, vocab, higher, vocab / 10);
-        if (count > 0 && !(weigh(scratch, count, filter_total.max) >= 1.0001 * p * filter_total.sum)) count = -1;
-      }
-    }
-    if (count < 0 && !all) {
-      count = gather(scratch, filter, by_target, vocab, bound, may_be_dense ? vocab / 10 : vocab);
+    if (count < 0 || (count == 0 && plan.higher > plan.bound)) {
+      count = gather(scratch, whole, filter, by_target, vocab, plan.bound, plan.may_be_dense ? vocab / 10 : vocab);
       if (count > 0) weigh(scratch, count, filter_total.max);
     }
     if (count < 0) {
       float above = NO_TOKEN;
       for (;;) {
-        token = sample_dense(scratch, vocab, total.max, bound, above, key);
+        token = sample_dense(scratch, whole, vocab, total.max, plan.bound, above, key).token;
         if (token < 0 || p >= 1.0f) break;
         if (mass_above(scratch, vocab, total.max, scratch.score[token]) < static_cast<double>(p) * total.sum) break;
         above = scratch.score[token];
@@ -506,12 +579,15 @@ template <typename T>
 static void ensemble_sample(const SampleArgs& args) {
   int64_t vocab = args.vocab, blocks = sample_blocks(vocab);
   int threads = threads_for(args.rows * vocab * 4);
+  threads = threads < kMostParts ? threads : kMostParts;
   bool split = args.rows < threads;  // fewer rows than threads: threads share the blocks of each row
   int scratches = split ? 1 : threads;
   int64_t floats = (scratch_floats(vocab) + 15) / 16 * 16;
   float* memory = static_cast<float*>(workspace(static_cast<size_t>(floats * scratches) * sizeof(float)));
   Counter rows{0};
   int invalid = 0;
+  Plan plan_of_row;
+  Part parts[kMostParts];
   parallel(threads, [&](Team& team) {
     RowScratch scratch = scratch_at(memory + (split ? 0 : team.index) * floats, vocab);
     int64_t begin = 0, end = args.rows;
@@ -521,21 +597,29 @@ static void ensemble_sample(const SampleArgs& args) {
         float heat = effective_temperature(args.temperature[row]);
         bool with_target = in.pairs > 0 && !args.target_is_combined;
         bool keep_target = with_target && args.nucleus_target;
-        Share share = split ? share_of(blocks, 1, team.index, team.size) : Share{0, blocks};
+        Part own{split ? share_of(blocks, 1, team.index, team.size) : Share{0, blocks}, 0, {}};
         bool valid = true;
-        for (int64_t b = share.begin; b < share.end; b++)
+        for (int64_t b = own.share.begin; b < own.share.end; b++)
           valid &= visit_block(in, vocab, b, heat, heat != 1.0f, with_target, keep_target, scratch);
-        if (split) {
-          if (!valid) __atomic_store_n(&invalid, 1, __ATOMIC_RELAXED);
-          team.barrier();
-          if (team.index == 0) {
-            finish_row<T>(args, row, __atomic_load_n(&invalid, __ATOMIC_RELAXED) == 0, with_target, scratch);
-            __atomic_store_n(&invalid, 0, __ATOMIC_RELAXED);
-          }
-          team.barrier();
-        } else {
-          finish_row<T>(args, row, valid, with_target, scratch);
+        if (!split) {
+          Plan plan = plan_row(args, row, valid, with_target, scratch);
+          if (plan.possible) search_part(plan, vocab, scratch, own);
+          finish_row<T>(args, row, plan, with_target, scratch, &own, 1);
+          continue;
         }
+        // Each thread searches the scores it wrote: in another core's cache they would cost more than to compute.
+        if (!valid) __atomic_store_n(&invalid, 1, __ATOMIC_RELAXED);
+        team.barrier();
+        if (team.index == 0) plan_of_row = plan_row(args, row, __atomic_load_n(&invalid, __ATOMIC_RELAXED) == 0, with_target, scratch);
+        team.barrier();
+        if (plan_of_row.possible) search_part(plan_of_row, vocab, scratch, own);
+        parts[team.index] = own;
+        team.barrier();
+        if (team.index == 0) {
+          finish_row<T>(args, row, plan_of_row, with_target, scratch, parts, team.size);
+          __atomic_store_n(&invalid, 0, __ATOMIC_RELAXED);
+        }
+        team.barrier();
       }
       if (split) break;
     }

@@ -169,13 +169,15 @@ INVARIANCE = [
     (1.0, 0, 0.05, 2.0),
     (1.0, 7, 0.0, 1.0),
     (0.9, 0, 0.0, 0.0),
+    (0.97, 0, 0.0, 8.0),  # nearly flat: too many candidates to gather
+    (0.05, 0, 0.0, 4.0),  # more than one round
 ]
 
 
 @pytest.mark.usefixtures("_threads")
 @pytest.mark.parametrize("nucleus", ["combined", "target"])
 @pytest.mark.parametrize(
-    ("vocab", "dtype"), [(7, torch.float32), (4097, torch.float32), (50257, torch.bfloat16)], ids=str
+    ("vocab", "dtype"), [(7, torch.float32), (4097, torch.float32), (50257, torch.bfloat16), (128256, torch.float32)], ids=str
 )
 def test_invariance(vocab: int, dtype: torch.dtype, nucleus: str) -> None:
     case = make_case(vocab, INVARIANCE * 2, pairs=2, dtype=dtype, nucleus=nucleus)
