@@ -61,8 +61,8 @@ def load_ensemble(
     ValueError
         A folder that can't be loaded or served, an adapter that doesn't fit, or vocabularies that differ.
     """
-    resolve_device(device)
-    kind = resolve_dtype(dtype)
+    place = resolve_device(device)
+    kind = resolve_dtype(dtype, place)
     pairs = dict(pairs or {})
     for name, pair in pairs.items():
         if not isinstance(pair, ExpertPair):
@@ -91,7 +91,7 @@ def load_ensemble(
     for number, key in enumerate(weights):
         adapters = [adapter for base, adapter in members if base == key and adapter is not None]
         bare = (key, None) in members
-        groups.append(Group(key, kind, adapters, bare, max_model_len))
+        groups.append(Group(key, kind, adapters, bare, max_model_len, device=place))
         for index, adapter in enumerate([*([None] if bare else []), *adapters]):
             pool_of[key, adapter] = len(pools)
             pools.append(Pool(number, index))

@@ -59,12 +59,12 @@ class PackedLinear(nn.Module):
         self.in_features = weights[0].shape[1]
         self.out_features = sum(self.segments)
         self.dtype = weights[0].dtype
-        self.register_buffer("packed", pack(torch.cat(list(weights))), persistent=False)
+        # A lone weight is not copied on a GPU: a head that is tied to the embedding stays one tensor.
+        weight = weights[0] if len(weights) == 1 else torch.cat(list(weights))
+        self.register_buffer("packed", pack(weight), persistent=False)
         bias = None
         if any(b is not None for b in biases):
-            rows = [
-                torch.zeros(n, dtype=self.dtype) if b is None else b for b, n in zip(biases, self.segments, strict=True)
-            ]
+            rows = [weights[0].new_zeros(n) if b is None else b for b, n in zip(biases, self.segments, strict=True)]
             bias = torch.cat(rows)
         self.register_buffer("bias", bias, persistent=False)
         self.register_buffer("lora_a", None, persistent=False)
@@ -183,8 +183,8 @@ class FusedLayer(nn.Module):
         self._lora = []
         for linear in self.linears:
             if linear.lora_a is None or linear.lora_b is None:
-                a = torch.zeros(count, len(linear.segments), linear.in_features, dtype=linear.dtype)
-                b = torch.zeros(count, linear.out_features, 1, dtype=linear.dtype)
+                a = linear.packed.new_zeros(count, len(linear.segments), linear.in_features)
+                b = linear.packed.new_zeros(count, linear.out_features, 1)
                 linear.lora_a, linear.lora_b = ops.pack_lora(a, b)
             self._lora += [linear.lora_a, linear.lora_b]
 

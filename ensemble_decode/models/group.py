@@ -59,6 +59,8 @@ class Group:
         Whether a member uses the weights without an adapter.
     max_model_len : int, optional
         Longest sequence that will be served (a sliding window must not be shorter).
+    device : torch.device
+        Where weights, adapters and caches lie, and where :meth:`forward` takes its rows.
     """
 
     def __init__(
@@ -69,10 +71,12 @@ class Group:
         bare: bool = True,
         max_model_len: int | None = None,
         fuse_layers: bool = True,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.path = path
         self.dtype = dtype
-        model = load_model(path, dtype, max_model_len)
+        self.device = torch.device(device)
+        model = load_model(path, dtype, max_model_len, self.device)
         self.config = model.config.get_text_config()
         self.tokenizer = load_tokenizer(path)
         self.generation_config = model.generation_config
@@ -88,7 +92,7 @@ class Group:
         self.v_cache: list[torch.Tensor] = []
         self.blocks_per_pool = 0
 
-        tokens = torch.arange(1, 1 + _CHECK_TOKENS) * 7919 % (self.config.vocab_size - 1)
+        tokens = torch.arange(1, 1 + _CHECK_TOKENS, device=self.device) * 7919 % (self.config.vocab_size - 1)
         expected = _original_logits(model, tokens)
         self.decoder: nn.Module = model.get_decoder()
         head = model.get_output_embeddings()
@@ -113,12 +117,16 @@ class Group:
         """Make room for ``num_blocks`` blocks in every pool of the group."""
         self.blocks_per_pool = num_blocks
         size = num_blocks * len(self.pool_adapters)
-        caches = [ops.new_caches(size, self.num_kv_heads, self.head_dim, self.dtype) for _ in range(self.num_layers)]
+        caches = [
+            ops.new_caches(size, self.num_kv_heads, self.head_dim, self.dtype, self.device)
+            for _ in range(self.num_layers)
+        ]
         self.k_cache, self.v_cache = ([cache[side] for cache in caches] for side in (0, 1))
 
     def copy_blocks(self, source: torch.Tensor, destination: torch.Tensor) -> None:
-        """Copy blocks (indices within a pool) in every layer and pool."""
-        offsets = torch.arange(len(self.pool_adapters)).unsqueeze(1) * self.blocks_per_pool
+        """Copy blocks (int64 indices within a pool) in every layer and pool."""
+        source, destination = (x.to(self.device, non_blocking=True) for x in (source, destination))
+        offsets = torch.arange(len(self.pool_adapters), device=self.device).unsqueeze(1) * self.blocks_per_pool
         source, destination = (source + offsets).flatten(), (destination + offsets).flatten()
         for cache in (*self.k_cache, *self.v_cache):
             cache[destination] = cache[source]
@@ -145,15 +153,15 @@ class Group:
         length, cut = len(tokens), _CHECK_TOKENS * 2 // 3
         pools, self.pool_adapters = self.pool_adapters, [-1]
         self.allocate(-(-length // BLOCK_SIZE))
-        table = torch.arange(self.blocks_per_pool, dtype=torch.int32)[None]
+        table = torch.arange(self.blocks_per_pool, dtype=torch.int32, device=self.device)[None]
         parts = []
         for start, stop in ((0, cut), (cut, length)):
             rows = Rows(
                 tokens[start:stop],
-                torch.arange(start, stop),
+                torch.arange(start, stop, device=self.device),
                 None,
-                torch.tensor([0, stop - start], dtype=torch.int32),
-                torch.tensor([stop], dtype=torch.int32),
+                torch.tensor([0, stop - start], dtype=torch.int32, device=self.device),
+                torch.tensor([stop], dtype=torch.int32, device=self.device),
                 table,
                 None,
             )

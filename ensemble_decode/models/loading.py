@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ensemble_decode.models.attention import ATTENTION
+from ensemble_decode.ops import library
 
 _DTYPES = {
     "float32": torch.float32,
@@ -25,10 +26,15 @@ _DTYPES = {
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
-def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """``"auto"`` is bfloat16 where the CPU multiplies it natively (AVX512-BF16, AMX), float32 elsewhere."""
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device | None = None) -> torch.dtype:
+    """``"auto"`` is bfloat16 where the device multiplies it natively (a CPU with AVX512-BF16 or AMX, a GPU since 2020).
+
+    Elsewhere it is float32 on a CPU and float16 on a GPU.
+    """
     if isinstance(dtype, torch.dtype) and dtype in _DTYPES.values():
         return dtype
+    if dtype == "auto" and device is not None and device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if dtype == "auto":
         return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
     if isinstance(dtype, str) and dtype in _DTYPES:
@@ -37,10 +43,34 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """``"auto"`` is the CPU: the runner's CUDA path is not written yet."""
-    if device == "auto" or str(device) == "cpu":
+    """``"auto"`` is the first GPU where there is one, else the CPU.
+
+    Raises
+    ------
+    ValueError
+        Another kind of device, or a GPU where torch or Triton sees none.
+    """
+    usable = torch.cuda.device_count() if library.available and library.has_triton and torch.cuda.is_available() else 0
+    if device == "auto":
+        return torch.device("cuda", 0) if usable else torch.device("cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        resolved = torch.device("meta")
+    if resolved.type == "cpu":
         return torch.device("cpu")
-    raise ValueError(f"device is {str(device)!r}, allowed are 'auto' and 'cpu' (the CUDA runner does not exist yet)")
+    if resolved.type == "cuda" and (resolved.index or 0) < usable:
+        return torch.device("cuda", resolved.index or 0)
+    allowed = ["'auto'", "'cpu'", *(f"'cuda:{index}'" for index in range(usable))]
+    raise ValueError(f"device is {str(device)!r}, allowed are {', '.join(allowed)}{_why_no_gpu(resolved, usable)}")
+
+
+def _why_no_gpu(device: torch.device, usable: int) -> str:
+    if device.type != "cuda" or usable:
+        return ""
+    if not torch.cuda.is_available():
+        return f" (torch {torch.__version__} sees no GPU)"
+    return " (Triton is not installed)" if library.available else " (the compiled operators are missing)"
 
 
 def check_checkpoint(path: str) -> None:
@@ -117,8 +147,10 @@ def load_config(path: str) -> PretrainedConfig:
         raise ValueError(f"model {path!r}: its configuration can't be read ({_first_line(error)})") from error
 
 
-def load_model(path: str, dtype: torch.dtype, max_model_len: int | None = None) -> PreTrainedModel:
-    """Load a causal LM in eval mode on the CPU, with this package's attention chosen.
+def load_model(
+    path: str, dtype: torch.dtype, max_model_len: int | None = None, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """Load a causal LM in eval mode on ``device``, with this package's attention chosen.
 
     Raises
     ------
@@ -143,7 +175,7 @@ def load_model(path: str, dtype: torch.dtype, max_model_len: int | None = None) 
     missing = sorted(report["missing_keys"])
     if missing:
         raise ValueError(f"model {path!r}: {len(missing)} weights are missing, the first is {missing[0]}")
-    return model.eval().requires_grad_(False)
+    return model.to(device).eval().requires_grad_(False)
 
 
 def load_tokenizer(path: str) -> Any | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ def pack_gate_up(gate_up: Tensor) -> Tensor:
 
     Only for :func:`decoder_layer`; :func:`~ensemble_decode.ops.linear.linear` cannot use it.
     """
-    if not (library.available and gate_up.is_cpu):
+    if not library.packs(gate_up):
         return pack_weight(gate_up)
     both = gate_up.detach().unflatten(0, (2, -1))
     padding = -both.shape[1] % _HALF_GROUP
@@ -103,14 +105,13 @@ def decoder_layer(
     Raises
     ------
     RuntimeError
-        If shapes or dtypes do not fit, or a table points outside the cache.
+        If shapes or dtypes do not fit, or (seen on a CPU only) a table points outside the cache.
 
     See Also
     --------
     ensemble_decode.ops.reference_layers.decoder_layer : the definition.
     """
-    compiled = library.available and hidden.is_cpu
-    layer = torch.ops.ensemble_decode.decoder_layer if compiled else reference_layers.decoder_layer
+    layer = torch.ops.ensemble_decode.decoder_layer if library.serves(hidden) else reference_layers.decoder_layer
     return layer(
         hidden,
         cos,
@@ -141,6 +142,13 @@ def decoder_layer(
         scale,
         activation,
     )
+
+
+@library.on_cuda("decoder_layer")
+def _decoder_layer_cuda(hidden: Tensor, *args: Any) -> Tensor:
+    from ensemble_decode.kernels import decoder_layer as kernels
+
+    return kernels.decoder_layer(hidden, *args)
 
 
 if library.available:

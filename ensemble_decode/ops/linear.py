@@ -23,17 +23,21 @@ def pack_weight(weight: Tensor) -> Tensor:
     -------
     Tensor
         Private layout, of the same dtype: on a CPU [⌈N/32⌉, K, 32] ([⌈N/32⌉, ⌈K/2⌉, 32, 2] in bfloat16), padded with
-        zeros; a copy of ``weight`` where the compiled operators are missing or the device is another.
+        zeros; on a GPU ``weight`` itself (a copy where it is not contiguous); a copy where the compiled operators are
+        missing.
     """
-    if library.available and weight.is_cpu:
+    if library.packs(weight):
         return torch.ops.ensemble_decode.pack_weight(weight.detach())
+    if weight.is_cuda:
+        return weight.detach().contiguous()
     return weight.detach().clone(memory_format=torch.contiguous_format)
 
 
 def linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, out_fp32: bool = False) -> Tensor:
     """x · Wᵀ + bias with a packed weight.
 
-    Every output is one chain of additions over K in float32, so a row's bits do not depend on the other rows.
+    Every output is one chain of additions over K in float32, so a row's bits do not depend on the other rows. (On a GPU
+    the product is the vendor's library's, which chooses how to cut the sums by the number of rows.)
 
     Parameters
     ----------
@@ -62,7 +66,7 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, ou
     --------
     ensemble_decode.ops.reference_layers.linear : the definition.
     """
-    if library.available and x.is_cpu:
+    if library.serves(x):
         return torch.ops.ensemble_decode.linear(x, packed, bias, out_features, out_fp32)
     return reference_layers.linear(x, packed, bias, out_fp32)
 
@@ -73,6 +77,13 @@ def cpu_variant() -> str:
     The environment variable ``ENSEMBLE_DECODE_CPU`` chooses a lower one.
     """
     return torch.ops.ensemble_decode.cpu_variant() if library.available else "reference"
+
+
+@library.on_cuda("linear")
+def _linear_cuda(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, out_fp32: bool = False) -> Tensor:
+    from ensemble_decode.kernels import linear as kernels
+
+    return kernels.linear(x, packed, bias, out_features, out_fp32)
 
 
 if library.available:

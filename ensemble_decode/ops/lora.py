@@ -22,7 +22,7 @@ def _pack(factor: Tensor) -> Tensor:
 
 
 def pack_lora(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Both factors as the compiled operators read them; unchanged where there are none.
+    """Both factors as the compiled CPU operators read them; unchanged on a GPU, and where there are none.
 
     Parameters
     ----------
@@ -36,8 +36,8 @@ def pack_lora(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     tuple of Tensor
         (a, b) for :func:`lora_` and for the ``lora`` of :func:`~ensemble_decode.ops.decoder_layer.decoder_layer`.
     """
-    if not (library.available and b.is_cpu):
-        return a, b
+    if not library.packs(b):
+        return a.detach().contiguous(), b.detach().contiguous()
     a, b = a.detach(), b.detach()
     if b.dtype == torch.bfloat16 and b.shape[2] % 2:  # each segment's rank in whole steps
         a = torch.nn.functional.pad(a.unflatten(1, (-1, b.shape[2])), (0, 0, 0, 1)).flatten(1, 2)
@@ -64,18 +64,25 @@ def lora_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, adapter: Tensor, segments:
     Raises
     ------
     RuntimeError
-        If shapes or dtypes do not fit, or an adapter's index is out of range.
+        If shapes or dtypes do not fit, or (seen on a CPU only) an adapter's index is out of range.
 
     See Also
     --------
     ensemble_decode.ops.reference_layers.lora_ : the definition.
     """
-    if library.available and x.is_cpu:
-        if b.dim() == 3:
+    if library.serves(x):
+        if b.dim() == 3 and library.packs(b):
             a, b = pack_lora(a, b)
         torch.ops.ensemble_decode.lora_(y, x, a, b, adapter, segments)
     else:
         reference_layers.lora_(y, x, a, b, adapter, segments)
+
+
+@library.on_cuda("lora_")
+def _lora_cuda(y: Tensor, x: Tensor, a: Tensor, b: Tensor, adapter: Tensor, segments: Sequence[int]) -> None:
+    from ensemble_decode.kernels import lora as kernels
+
+    kernels.lora_(y, x, a, b, adapter, segments)
 
 
 if library.available:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -63,17 +65,32 @@ def paged_attention(
     Raises
     ------
     RuntimeError
-        If shapes or dtypes do not fit, or a table points outside the cache.
+        If shapes or dtypes do not fit, or (seen on a CPU only, a GPU's values would have to be waited for) a table points
+        outside the cache.
+
+    Notes
+    -----
+    On a GPU nothing is read back from the device and the launches follow from shapes alone, so that a CUDA graph can hold
+    them; padding rows of a batch need a length of at least 1 and a block of their own. Tokens come through a tile of 16
+    rows where a sequence brings few of them and through one of 64 where it brings many: between those two the bits
+    may differ, and only there.
 
     See Also
     --------
     ensemble_decode.ops.reference_layers.paged_attention : the definition.
     """
-    if library.available and q.is_cpu:
+    if library.serves(q):
         return torch.ops.ensemble_decode.paged_attention(
             q, k, v, k_cache, v_cache, query_start, context_len, block_table, scale
         )
     return reference_layers.paged_attention(q, k, v, k_cache, v_cache, query_start, context_len, block_table, scale)
+
+
+@library.on_cuda("paged_attention")
+def _paged_attention_cuda(q: Tensor, *args: Any) -> Tensor:
+    from ensemble_decode.kernels import paged_attention as kernels
+
+    return kernels.paged_attention(q, *args)
 
 
 if library.available:

@@ -36,9 +36,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0) 
     --------
     ensemble_decode.ops.reference_layers.rms_norm : the definition.
     """
-    if library.available and x.is_cpu:
+    if library.serves(x):
         return torch.ops.ensemble_decode.rms_norm(x, weight, eps, weight_offset)
     return reference_layers.rms_norm(x, weight, eps, weight_offset)
+
+
+@library.on_cuda("rms_norm")
+def _rms_norm_cuda(x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0) -> Tensor:
+    from ensemble_decode.kernels import rms_norm as kernels
+
+    return kernels.rms_norm(x, weight, eps, weight_offset)
 
 
 if library.available:

@@ -8,6 +8,7 @@ Per call, with no environment variable, beside real compilation in the same proc
 * races between programs (``races=True``), by vector clocks
 * bytes read, per argument: a claim about the number of passes is then a test
 * float32 → bfloat16 rounds to nearest even, as hardware does (Triton 3.9 truncates)
+* a product of bfloat16 matrices multiplies their values (Triton 3.9 multiplies their bits, as integers)
 
 It replaces functions of ``triton.runtime.interpreter`` while a launch runs, and was written for Triton 3.9.
 """
@@ -43,6 +44,7 @@ _PATCHED = (
     "create_atomic_cas",
     "cast_impl",
     "create_splat",
+    "create_dot",
     "options",
 )
 _SEMANTICS = {
@@ -217,7 +219,7 @@ class _Launch:
     def _patched(self) -> Iterator[None]:
         missing = object()
         before = {name: _BUILDER.__dict__.get(name, missing) for name in _PATCHED}
-        replacements = (self._load, self._store, self._atomic_rmw, self._atomic_cas, _cast, _splat)
+        replacements = (self._load, self._store, self._atomic_rmw, self._atomic_cas, _cast, _splat, _dot)
         for name, value in zip(_PATCHED, (*replacements, interpreter.InterpreterOptions(debug=True)), strict=True):
             setattr(_BUILDER, name, value)
         try:
@@ -245,6 +247,15 @@ def _splat(type_: Any, scalar: Any) -> Any:
     if scalar.data.dtype == np.bool_:
         return interpreter.TensorHandle(np.full(type_.shape, scalar.data.item()), tl.int1)
     return type(_BUILDER).create_splat(_BUILDER, type_, scalar)
+
+
+def _dot(a: Any, b: Any, *rest: Any) -> Any:
+    def widened(x: Any) -> Any:
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return interpreter.TensorHandle((x.data.astype(np.uint32) << np.uint32(16)).view(np.float32), tl.float32)
+
+    return type(_BUILDER).create_dot(_BUILDER, widened(a), widened(b), *rest)
 
 
 @contextlib.contextmanager
