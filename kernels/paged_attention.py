@@ -421,7 +421,7 @@ def attention(
             BY_SEQUENCE=False,
             DIRECT=True,
             PRECISION=dot_precision(),
-            num_warps=8 if q.dtype == torch.float32 or dim > 64 else 4,
+            num_warps=8,
             num_stages=2,
         )
     return out

@@ -10,6 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,39 @@ from triton.runtime.jit import JITFunction
 from ensemble_decode.ops import library
 
 from .interp import Traffic, run
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A launch that was asked for: kernel, grid, arguments by name, and the compiler's options."""
+
+    kernel: JITFunction
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__
+
+
+@contextmanager
+def planned() -> Iterator[list[Planned]]:
+    """Launches are written down and not made: host code can run on tensors that have no data, as fake CUDA tensors."""
+    launches: list[Planned] = []
+
+    def note(kernel: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool = False, **kwargs: Any) -> None:
+        names = kernel.arg_names
+        options = {key: value for key, value in kwargs.items() if key not in names}
+        arguments = {**dict(zip(names, args, strict=False)), **{k: v for k, v in kwargs.items() if k in names}}
+        launches.append(Planned(kernel, grid, arguments, options))
+
+    before = JITFunction.run
+    JITFunction.run = note
+    try:
+        yield launches
+    finally:
+        JITFunction.run = before
 
 
 @contextmanager
@@ -43,11 +77,24 @@ def interpreted(**options: Any) -> Iterator[Counter[str]]:
 
 
 @contextmanager
+def memory_starts_as_nan() -> Iterator[None]:
+    """``torch.empty`` gives NaN: a result that comes from a workspace nobody wrote shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@contextmanager
 def standing_in(**options: Any) -> Iterator[Counter[str]]:
     """CPU tensors count as CUDA tensors for every operator that has a CUDA implementation in Python."""
     overrides = torch.library.Library("ensemble_decode", "IMPL")
     packs = library.packs
-    with interpreted(**options) as seen, warnings.catch_warnings():
+    with interpreted(**options) as seen, memory_starts_as_nan(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says of every override that it is one
         for name, implementation in library.cuda_implementations.items():
             overrides.impl(name, implementation, "CPU", allow_override=True)

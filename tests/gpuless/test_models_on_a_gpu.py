@@ -1,0 +1,123 @@
+"""Whole models as a GPU would run them: logits against transformers', and no wait for the device on the way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+pytest.importorskip("triton", reason="needs Triton")
+pytest.importorskip("greenlet", reason="needs greenlet")
+
+from ensemble_decode import LLM, ExpertPair, SamplingParams, ops
+from ensemble_decode.models import attention as model_attention
+from ensemble_decode.models.attention import ATTENTION, Forward, running
+from ensemble_decode.models.fast import PackedLinear, make_fast
+from ensemble_decode.models.loading import resolve_device
+from ensemble_decode.ops import library
+from tests.conftest import FAMILIES, VOCAB, Models
+from tests.models.test_families import plain_logprobs
+from tests.ops.cpu import needs_library
+
+from .standin import planned, standing_in
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+def test_logprobs_equal_transformers(name: str, models: Models) -> None:
+    """Loaded, checked and scored through the CUDA implementations; chunks longer and shorter than a tile."""
+    text = torch.randint(0, VOCAB, (24,), generator=torch.Generator().manual_seed(0)).tolist()
+    with standing_in() as seen:
+        score = LLM(models.model(name), dtype="float32", max_num_batched_tokens=17).score([text])[0]
+    assert seen["attend"] > 0
+    expected = plain_logprobs(models.model(name), text)
+    torch.testing.assert_close(torch.tensor(score.logprobs[1:]), expected, rtol=0, atol=1e-4)
+
+
+@needs_library
+def test_a_steered_text_is_the_cpus(models: Models) -> None:
+    """A LoRA pair over the target, a prefill and decode steps of mixed rows: the same tokens in float32."""
+
+    def texts() -> list[list[int]]:
+        pairs = {"pair": ExpertPair(expert=models.adapter("llama", 1), anti_expert=models.adapter("llama", 2))}
+        llm = LLM(models.model("llama"), pairs, dtype="float32", device="cpu", max_num_seqs=4)
+        params = [SamplingParams(alpha=alpha, max_tokens=4, seed=7) for alpha in (1.0, 0.0)]
+        outputs = llm.generate([[5, 6, 7, 8, 9], [11, 12]], params)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    with standing_in() as seen:
+        on_stand_in = texts()
+    assert seen["down"] > 0
+    assert on_stand_in == texts()
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma", "gpt2", "gpt_neox"])
+def test_a_forward_never_waits_for_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On fake CUDA tensors every read of a value raises, and so does a CPU tensor that met a CUDA one."""
+    for operator, function in library.cuda_implementations.items():
+        unguarded = function.__wrapped__  # the guard asks the driver for the current device
+        monkeypatch.setattr(ops, operator, unguarded, raising=True)
+    kind, config = FAMILIES[name]
+    layers, tokens, sequences = 2, 6, 4
+    with planned() as launches, FakeTensorMode(), torch.inference_mode():
+        with torch.device("cuda"):
+            model = AutoModelForCausalLM.from_config(
+                CONFIG_MAPPING[kind](**config), dtype=torch.bfloat16, attn_implementation=ATTENTION
+            )
+            model.eval().requires_grad_(False)
+            decoder, head = model.get_decoder(), model.get_output_embeddings()
+            make_fast(decoder, "model")
+            head = PackedLinear([head.weight], [None], ["lm_head"])
+            heads = config.get("num_key_value_heads") or config.get("num_attention_heads") or config["n_head"]
+            dim = config.get("head_dim") or 48 // (config.get("num_attention_heads") or config["n_head"])
+            caches = [ops.new_caches(9, heads, dim, torch.bfloat16, "cuda") for _ in range(layers)]
+            index = [torch.empty(n, dtype=torch.int32) for n in (sequences + 1, sequences)]
+            table = torch.empty(sequences, 20, dtype=torch.int32)
+            rows = [torch.empty(1, tokens, dtype=torch.int64) for _ in range(2)]
+            wanted = torch.empty(sequences, dtype=torch.int64)
+        forward = Forward(*index, table, [c[0] for c in caches], [c[1] for c in caches])
+        with running(forward):
+            out = decoder(input_ids=rows[0], position_ids=rows[1], use_cache=False)
+        hidden = out.last_hidden_state[0][wanted]
+        logits = ops.linear(hidden, head.packed, head.bias, VOCAB, out_fp32=True)
+    assert logits.device.type == "cuda"
+    assert logits.dtype == torch.float32
+    assert logits.shape == (sequences, VOCAB)
+    assert sum(launch.name == "attend" for launch in launches) >= layers
+    for launch in launches:
+        tensors = [x for x in launch.arguments.values() if isinstance(x, torch.Tensor)]
+        assert tensors
+        assert all(x.device.type == "cuda" for x in tensors)
+    assert model_attention.ops is ops
+
+
+@needs_library
+def test_every_operator_has_a_cuda_implementation() -> None:
+    assert {"paged_attention", "linear", "lora_", "rms_norm", "decoder_layer"} <= set(library.cuda_implementations)
+    for name in library.cuda_implementations:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ensemble_decode::{name}", "CUDA")
+
+
+def test_the_stand_in_leaves_no_trace() -> None:
+    x, weight = torch.randn(2, 8), torch.ones(8)
+    before = ops.rms_norm(x, weight, 1e-5)
+    with standing_in() as seen:
+        ops.rms_norm(x, weight, 1e-5)
+    assert seen["norm_rows"] == int(library.available)
+    assert torch.equal(ops.rms_norm(x, weight, 1e-5), before)
+    assert seen["norm_rows"] == int(library.available)
+    assert library.packs(weight) == library.available
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there_is_refused_in_one_line(models: Models) -> None:
+    for device in ("cuda", "cuda:3"):
+        with pytest.raises(
+            ValueError, match=rf"^device is '{device}', allowed are 'auto', 'cpu' \(torch .* sees no GPU\)$"
+        ):
+            LLM(models.model("llama"), device=device)
+    with pytest.raises(ValueError, match=r"^device is 'tpu', allowed are 'auto', 'cpu'$"):
+        resolve_device("tpu")
+    assert resolve_device("auto") == resolve_device("cpu") == torch.device("cpu")
