@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 pytest.importorskip("triton", reason="needs Triton")
 pytest.importorskip("greenlet", reason="needs greenlet")
 
 from ensemble_decode import LLM, ExpertPair, SamplingParams, ops
-from ensemble_decode.models import attention as model_attention
 from ensemble_decode.models.attention import ATTENTION, Forward, running
 from ensemble_decode.models.fast import PackedLinear, make_fast
 from ensemble_decode.models.loading import resolve_device
-from ensemble_decode.ops import library
+from ensemble_decode.ops import library, reference_layers
 from tests.conftest import FAMILIES, VOCAB, Models
 from tests.models.test_families import plain_logprobs
 from tests.ops.cpu import needs_library
 
 from .standin import planned, standing_in
+
+OPERATORS = ("paged_attention", "linear", "lora_", "rms_norm", "decoder_layer")
 
 
 @needs_library
@@ -55,47 +55,46 @@ def test_a_steered_text_is_the_cpus(models: Models) -> None:
 @needs_library
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma", "gpt2", "gpt_neox"])
 def test_a_forward_never_waits_for_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On fake CUDA tensors every read of a value raises, and so does a CPU tensor that met a CUDA one."""
-    for operator, function in library.cuda_implementations.items():
-        unguarded = function.__wrapped__  # the guard asks the driver for the current device
+    """On tensors that hold nothing every read of a value raises, and so does a CPU tensor that meets one of them."""
+    for operator in OPERATORS:
+        unguarded = library.cuda_implementations[operator].__wrapped__  # type: ignore[attr-defined]  # no device to guard
         monkeypatch.setattr(ops, operator, unguarded, raising=True)
     kind, config = FAMILIES[name]
     layers, tokens, sequences = 2, 6, 4
-    with planned() as launches, FakeTensorMode(), torch.inference_mode():
-        with torch.device("cuda"):
-            model = AutoModelForCausalLM.from_config(
-                CONFIG_MAPPING[kind](**config), dtype=torch.bfloat16, attn_implementation=ATTENTION
-            )
-            model.eval().requires_grad_(False)
-            decoder, head = model.get_decoder(), model.get_output_embeddings()
-            make_fast(decoder, "model")
-            head = PackedLinear([head.weight], [None], ["lm_head"])
-            heads = config.get("num_key_value_heads") or config.get("num_attention_heads") or config["n_head"]
-            dim = config.get("head_dim") or 48 // (config.get("num_attention_heads") or config["n_head"])
-            caches = [ops.new_caches(9, heads, dim, torch.bfloat16, "cuda") for _ in range(layers)]
-            index = [torch.empty(n, dtype=torch.int32) for n in (sequences + 1, sequences)]
-            table = torch.empty(sequences, 20, dtype=torch.int32)
-            rows = [torch.empty(1, tokens, dtype=torch.int64) for _ in range(2)]
-            wanted = torch.empty(sequences, dtype=torch.int64)
-        forward = Forward(*index, table, [c[0] for c in caches], [c[1] for c in caches])
-        with running(forward):
-            out = decoder(input_ids=rows[0], position_ids=rows[1], use_cache=False)
-        hidden = out.last_hidden_state[0][wanted]
-        logits = ops.linear(hidden, head.packed, head.bias, VOCAB, out_fp32=True)
-    assert logits.device.type == "cuda"
+    heads = config.get("num_attention_heads") or config["n_head"]
+    dim, kv_heads = config.get("head_dim") or 48 // heads, config.get("num_key_value_heads") or heads
+    with torch.device("meta"), torch.inference_mode():
+        model = AutoModelForCausalLM.from_config(
+            CONFIG_MAPPING[kind](**config), dtype=torch.bfloat16, attn_implementation=ATTENTION
+        )
+        decoder, head = model.eval().requires_grad_(False).get_decoder(), model.get_output_embeddings()
+        make_fast(decoder, "model")
+        head = PackedLinear([head.weight], [None], ["lm_head"])
+        caches = [ops.new_caches(9, kv_heads, dim, torch.bfloat16, "meta") for _ in range(layers)]
+        index = [torch.empty(n, dtype=torch.int32) for n in (sequences + 1, sequences)]
+        table = torch.empty(sequences, 20, dtype=torch.int32)
+        rows = [torch.empty(1, tokens, dtype=torch.int64) for _ in range(2)]
+        wanted = torch.empty(sequences, dtype=torch.int64)
+    forward = Forward(*index, table, [c[0] for c in caches], [c[1] for c in caches])
+    # Outside of the device's context, where a tensor made without a device would be the CPU's.
+    with planned() as launches, torch.inference_mode(), running(forward):
+        out = decoder(input_ids=rows[0], position_ids=rows[1], use_cache=False)
+        logits = ops.linear(out.last_hidden_state[0][wanted], head.packed, head.bias, VOCAB, out_fp32=True)
+    assert logits.device.type == "meta"
     assert logits.dtype == torch.float32
     assert logits.shape == (sequences, VOCAB)
     assert sum(launch.name == "attend" for launch in launches) >= layers
     for launch in launches:
         tensors = [x for x in launch.arguments.values() if isinstance(x, torch.Tensor)]
         assert tensors
-        assert all(x.device.type == "cuda" for x in tensors)
-    assert model_attention.ops is ops
+        assert all(x.device.type == "meta" for x in tensors)
+    with pytest.raises((RuntimeError, NotImplementedError)):  # negative control: the reference does wait
+        reference_layers.paged_attention(*(torch.empty(6, 1, 16, device="meta"),) * 3, *caches[0], *index, table, 1.0)
 
 
 @needs_library
 def test_every_operator_has_a_cuda_implementation() -> None:
-    assert {"paged_attention", "linear", "lora_", "rms_norm", "decoder_layer"} <= set(library.cuda_implementations)
+    assert set(OPERATORS) <= set(library.cuda_implementations)
     for name in library.cuda_implementations:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ensemble_decode::{name}", "CUDA")
 

@@ -189,7 +189,7 @@ def test_compiles_without_spills_and_with_wide_accesses(arch: int | str, dtype: 
         compiled = compile_call(launch.kernel, arch, arguments, **launch.options)
         used = resources(compiled)
         assert used.spill_bytes == used.stack_bytes == 0
-        assert used.registers <= (208 if name == "down" else 128)
+        assert used.registers <= (216 if name == "down" else 128)
         assert used.shared_bytes <= 48 * 1024
         if isinstance(arch, int):
             text = sass(compiled)
