@@ -24,10 +24,10 @@ OPERATORS = ("paged_attention", "linear", "lora_", "rms_norm", "decoder_layer")
 
 
 @needs_library
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_logprobs_equal_transformers(name: str, models: Models) -> None:
     """Loaded, checked and scored through the CUDA implementations; chunks longer and shorter than a tile."""
-    text = torch.randint(0, VOCAB, (24,), generator=torch.Generator().manual_seed(0)).tolist()
+    text = torch.randint(0, VOCAB, (20,), generator=torch.Generator().manual_seed(0)).tolist()
     with standing_in() as seen:
         score = LLM(models.model(name), dtype="float32", max_num_batched_tokens=17).score([text])[0]
     assert seen["attend"] > 0
@@ -42,8 +42,8 @@ def test_a_steered_text_is_the_cpus(models: Models) -> None:
     def texts() -> list[list[int]]:
         pairs = {"pair": ExpertPair(expert=models.adapter("llama", 1), anti_expert=models.adapter("llama", 2))}
         llm = LLM(models.model("llama"), pairs, dtype="float32", device="cpu", max_num_seqs=4)
-        params = [SamplingParams(alpha=alpha, max_tokens=4, seed=7) for alpha in (1.0, 0.0)]
-        outputs = llm.generate([[5, 6, 7, 8, 9], [11, 12]], params)
+        params = [SamplingParams(alpha=alpha, max_tokens=3, seed=7) for alpha in (1.0, 0.0)]
+        outputs = llm.generate([[5, 6, 7], [11, 12]], params)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
     with standing_in() as seen:

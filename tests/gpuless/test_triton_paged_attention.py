@@ -26,7 +26,6 @@ from .standin import Planned, interpreted, memory_starts_as_nan, planned, standi
 HEADS = [(4, 4, 40), (6, 2, 64), (8, 1, 80), (3, 1, 96), (2, 2, 128), (1, 1, 256), (17, 1, 24), (4, 2, 6)]
 #: The weights are rounded to the values' dtype before the second product, as well as the output.
 TOLERANCE = {torch.float32: ROUNDING[torch.float32], **{x: 2 * ROUNDING[x] for x in (torch.bfloat16, torch.float16)}}
-ARCHITECTURES = (80, 90, 100)
 
 
 def errors(sequences: Sequences, op: Any = kernels.paged_attention) -> list[float]:
@@ -53,8 +52,11 @@ def errors(sequences: Sequences, op: Any = kernels.paged_attention) -> list[floa
 
 
 @needs_library
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize(
+    ("heads", "dtype"),
+    [(heads, dtype) for heads in HEADS for dtype in (DTYPES if heads in HEADS[:3] else DTYPES[:1])],
+    ids=str,
+)
 def test_equals_scaled_dot_product_attention(heads: tuple[int, int, int], dtype: torch.dtype) -> None:
     """Through the dispatcher, a cache and a workspace full of NaN, tables with unused entries out of bounds."""
     torch.manual_seed(0)
@@ -200,13 +202,15 @@ def hot_loads(text: str) -> list[str]:
     return [x for x in opcodes(listing) if x.startswith(("LDG.", "LDGSTS")) and x not in ("LDG.E", "LDGSTS.E")]
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize(
-    ("heads", "dtype", "registers"),
+    ("arch", "heads", "dtype", "registers"),
     [
-        ((32, 8, 128), torch.bfloat16, {"attend16": 128, "attend64": 192}),
-        ((9, 3, 64), torch.float16, {"attend16": 128, "attend64": 176}),
-        ((32, 32, 80), torch.float32, {"attend16": 255}),
+        (80, (32, 8, 128), torch.bfloat16, {"attend16": 128, "attend64": 192}),
+        (90, (32, 8, 128), torch.bfloat16, {"attend16": 128, "attend64": 192}),
+        (100, (32, 8, 128), torch.bfloat16, {"attend16": 128, "attend64": 192}),
+        (80, (9, 3, 64), torch.float16, {"attend16": 128, "attend64": 176}),  # spills at four warps
+        (90, (32, 32, 80), torch.float32, {"attend16": 255}),
+        (80, (8, 1, 256), torch.float32, {"attend16": 255}),
     ],
     ids=str,
 )
