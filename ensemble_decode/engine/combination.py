@@ -1,0 +1,146 @@
+"""From hidden states to the scores of rows.
+
+Three ways lead there, the cheapest that fits is taken:
+
+* all sides on the target's weights and head, and nobody asks for z: hidden states are combined before the head,
+  W·(h + Σ α(h⁺ − h⁻)), one head product a row;
+* both sides of a pair on one head: one product for their difference, W·(h⁺ − h⁻);
+* otherwise each side has its own logits.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ensemble_decode.engine.batch import Steering
+from ensemble_decode.models.ensemble import Ensemble
+from ensemble_decode.models.group import Group
+
+
+@dataclass(slots=True)
+class Hidden:
+    """Hidden states of one step: ``states[group]`` [R, E], and where each (span, pool)'s outputs begin in it."""
+
+    states: list[torch.Tensor | None]
+    first: dict[tuple[int, int], int]
+
+
+class Combination:
+    """Combines what the pools of an ensemble computed, on the target's device."""
+
+    def __init__(self, ensemble: Ensemble) -> None:
+        self.ensemble = ensemble
+        self.groups = ensemble.groups
+        self.layout = ensemble.layout
+
+    def combines_hidden(self, steering: Sequence[Steering]) -> bool:
+        """Whether every side of ``steering`` runs on the target's weights, and so shares its head."""
+        group = self.ensemble.pools[self.layout.target_pool].group
+        for item in steering:
+            pair = self.layout.pairs[item.pair]
+            anti = self.layout.target_pool if pair.anti_expert_pool is None else pair.anti_expert_pool
+            if self.ensemble.pools[pair.expert_pool].group != group or self.ensemble.pools[anti].group != group:
+                return False
+        return True
+
+    def _states(self, hidden: Hidden, keys: list[tuple[int, int]], offsets: list[int]) -> torch.Tensor:
+        """Hidden states [len(keys), E] of outputs ``offsets`` of (span, pool) ``keys``, all of one group."""
+        states = hidden.states[self.ensemble.pools[keys[0][1]].group]
+        assert states is not None
+        rows = [hidden.first[key] + offset for key, offset in zip(keys, offsets, strict=True)]
+        if rows == list(range(rows[0], rows[0] + len(rows))):
+            return states[rows[0] : rows[0] + len(rows)]
+        return states[torch.tensor(rows)]
+
+    def _sides(self, item: Steering, span: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(span, pool) of a pair's two sides; a pair without an anti-expert has the target there."""
+        pair = self.layout.pairs[item.pair]
+        if pair.anti_expert_pool is None:
+            return (item.expert_span, pair.expert_pool), (span, self.layout.target_pool)
+        return (item.expert_span, pair.expert_pool), (item.anti_expert_span, pair.anti_expert_pool)
+
+    def combined_hidden(
+        self, hidden: Hidden, spans: list[int], steering: list[tuple[Steering, ...]], offsets: list[int]
+    ) -> torch.Tensor:
+        """h + Σ α(h⁺ − h⁻) in float32, [rows, E] in the model's dtype; a difference that is not finite counts as 0."""
+        h = self._states(hidden, [(span, self.layout.target_pool) for span in spans], offsets)
+        by_pair: dict[int, list[tuple[int, Steering]]] = defaultdict(list)
+        for row, items in enumerate(steering):
+            for item in items:
+                by_pair[item.pair].append((row, item))
+        if not by_pair:
+            return h
+        dtype, h = h.dtype, h.float()
+        for steered in by_pair.values():
+            rows = [row for row, _ in steered]
+            alpha = torch.tensor([item.alpha for _, item in steered]).unsqueeze(1)
+            difference = self._difference(
+                hidden, [self._sides(item, spans[row]) for row, item in steered], [offsets[r] for r in rows]
+            )
+            if len(rows) == len(spans):
+                h = h + alpha * difference
+            else:
+                h = h.index_add(0, torch.tensor(rows), alpha * difference)
+        return h.to(dtype)
+
+    def _difference(
+        self, hidden: Hidden, sides: list[tuple[tuple[int, int], tuple[int, int]]], offsets: list[int]
+    ) -> torch.Tensor:
+        """h⁺ − h⁻ in float32, [rows, E]; 0 for a row in which it is not finite, as the contract has it for logits."""
+        plus = self._states(hidden, [expert for expert, _ in sides], offsets)
+        minus = self._states(hidden, [anti for _, anti in sides], offsets)
+        difference = plus.float() - minus.float()
+        return difference.masked_fill_(~difference.sum(1, keepdim=True).isfinite(), 0.0)
+
+    def scores(
+        self, hidden: Hidden, spans: list[int], steering: list[tuple[Steering, ...]], offsets: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """z [B, V], z⁺ and z⁻ [P, B, V] and α [B, P] of rows that need z; z⁻ is None where z⁺ holds differences."""
+        size = self.layout.vocab_size
+        target = self.ensemble.target
+        z = target.logits(self._states(hidden, [(span, self.layout.target_pool) for span in spans], offsets))[:, :size]
+        used = sorted({item.pair for items in steering for item in items})
+        if not used:
+            return z, None, None, None
+        alpha = torch.zeros(len(spans), len(used))
+        expert = torch.empty(len(used), len(spans), size)
+        anti: torch.Tensor | None = None
+        if all(self._own_heads(pair) for pair in used):
+            anti = torch.empty_like(expert)
+        for place, pair in enumerate(used):
+            items = [(row, item) for row, row_items in enumerate(steering) for item in row_items if item.pair == pair]
+            rows = torch.tensor([row for row, _ in items])
+            alpha[rows, place] = torch.tensor([item.alpha for _, item in items])
+            sides = [self._sides(item, spans[row]) for row, item in items]
+            at = [offsets[row] for row, _ in items]
+            if self._own_heads(pair):
+                plus = self._side_logits(hidden, [side for side, _ in sides], at)
+                minus = self._side_logits(hidden, [side for _, side in sides], at)
+                if anti is None:
+                    expert[place, rows] = plus - minus
+                else:
+                    expert[place, rows], anti[place, rows] = plus, minus
+            else:
+                group = self.groups[self.ensemble.pools[sides[0][0][1]].group]
+                difference = self._difference(hidden, sides, at).to(group.dtype)
+                expert[place, rows] = _without_bias(group, group.logits(difference))[:, :size]
+        return z, expert, anti, alpha
+
+    def _own_heads(self, index: int) -> bool:
+        """Whether the two sides of a pair end in heads of their own."""
+        pair, pools = self.layout.pairs[index], self.ensemble.pools
+        anti = self.layout.target_pool if pair.anti_expert_pool is None else pair.anti_expert_pool
+        return pools[pair.expert_pool].group != pools[anti].group
+
+    def _side_logits(self, hidden: Hidden, keys: list[tuple[int, int]], offsets: list[int]) -> torch.Tensor:
+        group = self.groups[self.ensemble.pools[keys[0][1]].group]
+        return group.logits(self._states(hidden, keys, offsets))[:, : self.layout.vocab_size]
+
+
+def _without_bias(group: Group, logits: torch.Tensor) -> torch.Tensor:
+    """A head's bias cancels in a difference of two logits, but W·(h⁺ − h⁻) + b has it."""
+    return logits if group.head.bias is None else logits - group.head.bias.float()

@@ -1,0 +1,160 @@
+"""From scores to tokens and log-probabilities: the rows of a batch."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Literal
+
+import torch
+
+from ensemble_decode import ops
+from ensemble_decode.engine.batch import Edits, SampleRow, ScoreRow, Span, StepOutput, TokenLogprobs
+from ensemble_decode.engine.combination import Combination, Hidden
+
+#: Rows of full logits kept at a time while scoring: V = 50,000 in float32 is 0.2 MB a row.
+_SCORE_ROWS = 128
+
+
+class Sampler:
+    """Samples and scores the rows of a batch."""
+
+    def __init__(self, combination: Combination) -> None:
+        self.combination = combination
+        self.ensemble = combination.ensemble
+
+    def sample(self, rows: list[SampleRow], spans: list[Span], hidden: Hidden) -> StepOutput:
+        output = StepOutput([-1] * len(rows), [None] * len(rows))
+        plain: list[int] = []  # the combination is all that anyone asks for
+        whole: list[int] = []  # z is needed by itself
+        for index, row in enumerate(rows):
+            needs_target = row.steering and (row.nucleus == "target" or row.logprobs >= 0)
+            (whole if needs_target or not self.combination.combines_hidden(row.steering) else plain).append(index)
+        for indices, combine in ((plain, True), (whole, False)):
+            # Two samplers for the two nuclei: one call each, since "nucleus" is not a parameter of a row.
+            for nucleus, part in itertools.groupby(
+                sorted(indices, key=lambda i: rows[i].nucleus), lambda i: rows[i].nucleus
+            ):
+                self._sample_part(rows, list(part), nucleus, combine, spans, hidden, output)
+        return output
+
+    def _sample_part(
+        self,
+        rows: list[SampleRow],
+        indices: list[int],
+        nucleus: Literal["combined", "target"],
+        combine: bool,
+        spans: list[Span],
+        hidden: Hidden,
+        output: StepOutput,
+    ) -> None:
+        part = [rows[i] for i in indices]
+        at, steering, offsets = (
+            [row.span for row in part],
+            [row.steering for row in part],
+            [spans[row.span].outputs - 1 for row in part],
+        )
+        expert = anti = alpha = None
+        if combine:
+            z = self.ensemble.target.logits(self.combination.combined_hidden(hidden, at, steering, offsets))[
+                :, : self.ensemble.layout.vocab_size
+            ]
+        else:
+            z, expert, anti, alpha = self.combination.scores(hidden, at, steering, offsets)
+        target = z
+        combined = combine and any(steering)
+        if any(row.edits is not None for row in part):
+            z = z.clone() if expert is None else ops.combine(z, expert, anti, alpha)
+            _apply_edits(z, [row.edits for row in part])
+            if expert is not None and nucleus == "target":
+                # The kept set is the target's, the scores are the edited combination: hand over their difference.
+                # A banned token's difference is not finite and would count as 0, so z itself is banned.
+                expert, anti, alpha = (z - target).unsqueeze(0), None, torch.ones(len(part), 1)
+                z = target.masked_fill(z == float("-inf"), float("-inf"))
+            elif expert is not None:
+                expert = anti = alpha = None
+                combined = True
+        temperature = torch.tensor([row.temperature for row in part])
+        sampled = ops.ensemble_sample(
+            z,
+            expert,
+            anti,
+            alpha=alpha,
+            temperature=temperature,
+            top_k=torch.tensor([row.top_k for row in part], dtype=torch.int32),
+            top_p=torch.tensor([row.top_p for row in part]),
+            min_p=torch.tensor([row.min_p for row in part]),
+            seed=torch.tensor([row.seed for row in part]),
+            position=torch.tensor([row.position for row in part]),
+            nucleus=nucleus,
+            target_is_combined=combined,
+        )
+        tokens = sampled.token.tolist()
+        for place, index in enumerate(indices):
+            output.tokens[index] = tokens[place]
+        wanted = [place for place, row in enumerate(part) if row.logprobs >= 0]
+        if wanted:
+            pick = torch.tensor(wanted)
+            scores = (z if expert is None else ops.combine(z, expert, anti, alpha))[pick]
+            heat = torch.where(temperature[pick] > 0, temperature[pick], 1.0).unsqueeze(1)
+            entries = _logprobs(
+                scores / heat, target[pick] / heat, [tokens[p] for p in wanted], [part[p].logprobs for p in wanted]
+            )
+            for place, entry in zip(wanted, entries, strict=True):
+                output.logprobs[indices[place]] = entry
+
+    # ── scoring ─────────────────────────────────────────────────────────────────────────────────────────────────────
+    def score(self, row: ScoreRow, span: Span, spans: list[Span], hidden: Hidden) -> list[TokenLogprobs]:
+        """Log-probabilities of ``row.tokens``, a slab of rows at a time, so that memory stays bounded."""
+        out: list[TokenLogprobs] = []
+        for start in range(0, len(row.tokens), _SCORE_ROWS):
+            tokens = row.tokens[start : start + _SCORE_ROWS]
+            offsets = list(range(start, start + len(tokens)))
+            z, expert, anti, alpha = self.combination.scores(
+                hidden, [row.span] * len(tokens), [row.steering] * len(tokens), offsets
+            )
+            combined = z if expert is None else ops.combine(z, expert, anti, alpha)
+            out += _logprobs(combined, z, tokens, [row.logprobs] * len(tokens))
+        return out
+
+
+def _apply_edits(scores: torch.Tensor, edits: list[Edits | None]) -> None:
+    """Change combined scores [B, V] in place: logit bias, bans, then penalties (vLLM's order and formulas)."""
+    for row, edit in zip(scores, edits, strict=True):
+        if edit is None:
+            continue
+        if edit.bias:
+            row[torch.tensor(list(edit.bias))] += torch.tensor(list(edit.bias.values()))
+        if edit.banned:
+            row[torch.tensor(edit.banned)] = float("-inf")
+        if edit.repetition_penalty != 1.0 and edit.seen:
+            seen = torch.tensor(edit.seen)
+            values = row[seen]
+            row[seen] = torch.where(values > 0, values / edit.repetition_penalty, values * edit.repetition_penalty)
+        if edit.counts and (edit.presence_penalty or edit.frequency_penalty):
+            counted = torch.tensor(list(edit.counts))
+            counts = torch.tensor(list(edit.counts.values()), dtype=torch.float32)
+            row[counted] -= edit.frequency_penalty * counts + edit.presence_penalty
+
+
+def _logprobs(combined: torch.Tensor, target: torch.Tensor, tokens: list[int], best: list[int]) -> list[TokenLogprobs]:
+    """Log-probabilities of ``tokens`` and of the best of each row, under the ensemble and under the target alone."""
+    ensemble = combined.log_softmax(-1)
+    alone = ensemble if combined is target else target.log_softmax(-1)
+    token = torch.tensor(tokens).clamp_min(0).unsqueeze(1)
+    own = ensemble.gather(1, token)
+    ranks = ((ensemble > own).sum(1) + 1).tolist()
+    own_target = alone.gather(1, token).squeeze(1).tolist()
+    own_list = own.squeeze(1).tolist()
+    k = min(max(best), ensemble.shape[1])
+    values, ids = ensemble.topk(k, dim=-1)
+    values_list, ids_list, target_list = values.tolist(), ids.tolist(), alone.gather(1, ids).tolist()
+    return [
+        TokenLogprobs(
+            tokens[i],
+            own_list[i],
+            own_target[i],
+            ranks[i],
+            [(ids_list[i][j], values_list[i][j], target_list[i][j], j + 1) for j in range(min(best[i], k))],
+        )
+        for i in range(len(tokens))
+    ]
