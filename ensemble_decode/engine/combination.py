@@ -11,7 +11,7 @@ Three ways lead there, the cheapest that fits is taken:
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,10 +30,14 @@ class Hidden:
 
 
 class Combination:
-    """Combines what the pools of an ensemble computed, on the target's device."""
+    """Combines what the pools of an ensemble computed, on the target's device.
 
-    def __init__(self, ensemble: Ensemble) -> None:
+    ``upload`` brings numbers to that device (see :class:`~ensemble_decode.engine.device.Device`).
+    """
+
+    def __init__(self, ensemble: Ensemble, upload: Callable[..., torch.Tensor] = torch.tensor) -> None:
         self.ensemble = ensemble
+        self._upload = upload
         self.groups = ensemble.groups
         self.layout = ensemble.layout
 
@@ -54,7 +58,7 @@ class Combination:
         rows = [hidden.first[key] + offset for key, offset in zip(keys, offsets, strict=True)]
         if rows == list(range(rows[0], rows[0] + len(rows))):
             return states[rows[0] : rows[0] + len(rows)]
-        return states[torch.tensor(rows)]
+        return states[self._upload(rows)]
 
     def _sides(self, item: Steering, span: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """(span, pool) of a pair's two sides; a pair without an anti-expert has the target there."""
@@ -75,16 +79,14 @@ class Combination:
         if not by_pair:
             return h
         dtype, h = h.dtype, h.float()
-        for steered in by_pair.values():
+        for _, steered in sorted(by_pair.items()):  # in one order, whatever the company
             rows = [row for row, _ in steered]
-            alpha = torch.tensor([item.alpha for _, item in steered]).unsqueeze(1)
-            difference = self._difference(
+            alpha = self._upload([item.alpha for _, item in steered]).unsqueeze(1)
+            change = self._difference(
                 hidden, [self._sides(item, spans[row]) for row, item in steered], [offsets[r] for r in rows]
             )
-            if len(rows) == len(spans):
-                h = h + alpha * difference
-            else:
-                h = h.index_add(0, torch.tensor(rows), alpha * difference)
+            whole = len(rows) == len(spans)
+            h = h + alpha * change if whole else h.index_add(0, self._upload(rows), alpha * change)
         return h.to(dtype)
 
     def _difference(
@@ -92,9 +94,7 @@ class Combination:
     ) -> torch.Tensor:
         """h⁺ − h⁻ in float32, [rows, E]; 0 for a row in which it is not finite, as the contract has it for logits."""
         plus = self._states(hidden, [expert for expert, _ in sides], offsets)
-        minus = self._states(hidden, [anti for _, anti in sides], offsets)
-        difference = plus.float() - minus.float()
-        return difference.masked_fill_(~difference.sum(1, keepdim=True).isfinite(), 0.0)
+        return difference(plus, self._states(hidden, [anti for _, anti in sides], offsets))
 
     def scores(
         self, hidden: Hidden, spans: list[int], steering: list[tuple[Steering, ...]], offsets: list[int]
@@ -106,18 +106,18 @@ class Combination:
         used = sorted({item.pair for items in steering for item in items})
         if not used:
             return z, None, None, None
-        alpha = torch.zeros(len(spans), len(used))
-        expert = torch.empty(len(used), len(spans), size)
+        alpha = torch.zeros(len(spans), len(used), device=z.device)
+        expert = torch.empty(len(used), len(spans), size, device=z.device)
         anti: torch.Tensor | None = None
-        if all(self._own_heads(pair) for pair in used):
+        if all(self.own_heads(pair) for pair in used):
             anti = torch.empty_like(expert)
         for place, pair in enumerate(used):
             items = [(row, item) for row, row_items in enumerate(steering) for item in row_items if item.pair == pair]
-            rows = torch.tensor([row for row, _ in items])
-            alpha[rows, place] = torch.tensor([item.alpha for _, item in items])
+            rows = self._upload([row for row, _ in items])
+            alpha[rows, place] = self._upload([item.alpha for _, item in items])
             sides = [self._sides(item, spans[row]) for row, item in items]
             at = [offsets[row] for row, _ in items]
-            if self._own_heads(pair):
+            if self.own_heads(pair):
                 plus = self._side_logits(hidden, [side for side, _ in sides], at)
                 minus = self._side_logits(hidden, [side for _, side in sides], at)
                 if anti is None:
@@ -126,11 +126,11 @@ class Combination:
                     expert[place, rows], anti[place, rows] = plus, minus
             else:
                 group = self.groups[self.ensemble.pools[sides[0][0][1]].group]
-                difference = self._difference(hidden, sides, at).to(group.dtype)
-                expert[place, rows] = _without_bias(group, group.logits(difference))[:, :size]
+                change = self._difference(hidden, sides, at).to(group.dtype)
+                expert[place, rows] = difference_logits(group, change)[:, :size]
         return z, expert, anti, alpha
 
-    def _own_heads(self, index: int) -> bool:
+    def own_heads(self, index: int) -> bool:
         """Whether the two sides of a pair end in heads of their own."""
         pair, pools = self.layout.pairs[index], self.ensemble.pools
         anti = self.layout.target_pool if pair.anti_expert_pool is None else pair.anti_expert_pool
@@ -141,6 +141,13 @@ class Combination:
         return group.logits(self._states(hidden, keys, offsets))[:, : self.layout.vocab_size]
 
 
-def _without_bias(group: Group, logits: torch.Tensor) -> torch.Tensor:
-    """A head's bias cancels in a difference of two logits, but W·(h⁺ − h⁻) + b has it."""
+def difference(plus: torch.Tensor, minus: torch.Tensor) -> torch.Tensor:
+    """h⁺ − h⁻ in float32, [rows, E]; 0 for a row in which it is not finite, as the contract has it for logits."""
+    change = plus.float() - minus.float()
+    return change.masked_fill_(~change.sum(1, keepdim=True).isfinite(), 0.0)
+
+
+def difference_logits(group: Group, change: torch.Tensor) -> torch.Tensor:
+    """W·(h⁺ − h⁻), [rows, V]. A head's bias cancels in a difference of two logits, but W·(h⁺ − h⁻) + b has it."""
+    logits = group.logits(change)
     return logits if group.head.bias is None else logits - group.head.bias.float()

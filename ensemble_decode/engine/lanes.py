@@ -1,13 +1,13 @@
-"""Lanes: where a model group's forward runs. On a CPU a lane is a worker thread with operator threads of its own.
+"""Lanes: where a model group's forward runs. On a CPU a lane is a worker thread with operator threads of its own, on CUDA a stream.
 
 Two placements are known: *sequential*, every group after the other in the caller's thread with all cores, and
-*lanes*, one worker thread a group with its share of the cores. Which wins depends on the models and the machine, so
-``Runner`` measures both at start-up. (A CUDA lane is a stream; it will stand here beside the worker thread.)
+*lanes*, one worker thread a group with its share of the cores, or one stream. Which wins depends on the models and the
+machine, so ``Runner`` measures both at start-up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from queue import SimpleQueue
 from threading import Thread
@@ -16,6 +16,8 @@ from typing import Literal, TypeVar
 import torch
 
 from ensemble_decode import ops
+from ensemble_decode.engine.device import StreamDevice
+from ensemble_decode.engine.plan import Forward, Operation, Record, Wait, fork_join, streams_of
 
 Placement = Literal["auto", "sequential", "lanes"]
 PLACEMENTS: tuple[Placement, ...] = ("auto", "sequential", "lanes")
@@ -78,3 +80,53 @@ class Lanes:
         for lane in self._lanes:
             lane.close()
         self._lanes = []
+
+
+class StreamLanes:
+    """Runs one function per group on a device's streams: issues, and waits for nothing.
+
+    Parameters
+    ----------
+    device : StreamDevice
+    groups : int
+    main_group : int
+        The target's: it stays on the main stream, which the others fork from and are joined to.
+    placement : {"sequential", "lanes"}
+    """
+
+    def __init__(
+        self, device: StreamDevice, groups: int, main_group: int, placement: Literal["sequential", "lanes"]
+    ) -> None:
+        self.placement = placement
+        self.streams = streams_of(groups, main_group, placement == "lanes")
+        self._device = device
+        self._events = {name: device.event() for name in ("fork", *(f"join {s}" for s in range(1, groups)))}
+
+    def run(self, functions: list[Callable[[], T] | None]) -> list[T | None]:
+        """Results in order, valid on the main stream; None stays None."""
+        present = [group for group, function in enumerate(functions) if function is not None]
+        return self.carry_out(fork_join(present, self.streams), functions)
+
+    def carry_out(self, operations: Sequence[Operation], functions: Sequence[Callable[[], T] | None]) -> list[T | None]:
+        """Issue planned ``operations``, the forwards being ``functions`` by group."""
+        results: list[T | None] = [None] * len(functions)
+        error: BaseException | None = None
+        for operation in operations:
+            if isinstance(operation, Record):
+                self._device.record(self._events[operation.event], operation.stream)
+            elif isinstance(operation, Wait):
+                self._device.wait(operation.stream, self._events[operation.event])
+            elif isinstance(operation, Forward) and error is None:
+                function = functions[operation.group]
+                assert function is not None
+                try:
+                    with self._device.on(operation.stream):
+                        results[operation.group] = function()
+                except BaseException as raised:  # every fork is joined first: nobody may still write into a cache
+                    error = raised
+        if error is not None:
+            raise error
+        return results
+
+    def close(self) -> None:
+        """Streams need no closing."""

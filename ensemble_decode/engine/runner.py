@@ -6,13 +6,17 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
 
 from ensemble_decode.engine.batch import BLOCK_SIZE, Batch, Span, StepOutput
 from ensemble_decode.engine.combination import Combination, Hidden
-from ensemble_decode.engine.lanes import PLACEMENTS, Lanes, Placement
+from ensemble_decode.engine.device import Device, StreamDevice, device_of
+from ensemble_decode.engine.graphs import DecodeGraphs
+from ensemble_decode.engine.lanes import PLACEMENTS, Lanes, Placement, StreamLanes
+from ensemble_decode.engine.plan import MAIN
 from ensemble_decode.engine.sampling import Sampler
 from ensemble_decode.models.ensemble import Ensemble
 from ensemble_decode.models.group import Group, Rows
@@ -28,9 +32,21 @@ class Runner:
         KV blocks of 16 tokens in every pool.
     placement : {"auto", "sequential", "lanes"}
         Where groups run; "auto" measures both at start-up.
+    device : Device, optional
+        What drives the device that the weights lie on; None: chosen by it.
+    graphs : bool
+        Whether decode steps are captured and replayed where the device can.
     """
 
-    def __init__(self, ensemble: Ensemble, num_blocks: int, placement: Placement = "auto") -> None:
+    def __init__(
+        self,
+        ensemble: Ensemble,
+        num_blocks: int,
+        placement: Placement = "auto",
+        *,
+        device: Device | None = None,
+        graphs: bool = True,
+    ) -> None:
         if placement not in PLACEMENTS:
             raise ValueError(f"placement is {placement!r}, allowed are {', '.join(map(repr, PLACEMENTS))}")
         self.ensemble = ensemble
@@ -39,13 +55,16 @@ class Runner:
         self.num_blocks = num_blocks
         self.timings: dict[str, float] = defaultdict(float)
         for group in self.groups:
-            group.allocate(num_blocks)
+            group.allocate(num_blocks + 1)  # the last block is nobody's: a captured step's padding writes there
+        self.device: Device = device_of(self.groups[0].k_cache[0]) if device is None else device
         #: Seconds of one decode step by placement, as measured; empty where there was no choice.
         self.measured: dict[str, float] = {}
-        self._sampler = Sampler(Combination(ensemble))
-        self._lanes = Lanes(len(self.groups), "sequential")
+        self._sampler = Sampler(Combination(ensemble, self.device.upload), self.device.upload)
+        self.device.synchronize()  # weights and pools were made on another stream than those of the steps
+        self._lanes = self._new_lanes("sequential")
         if len(self.groups) > 1 and placement != "sequential":
             self._place(placement)
+        self.graphs = self._new_graphs() if graphs else None
 
     @property
     def placement(self) -> str:
@@ -56,8 +75,19 @@ class Runner:
         self._lanes.close()
 
     # ── placement ───────────────────────────────────────────────────────────────────────────────────────────────────
+    def _new_lanes(self, placement: Literal["sequential", "lanes"]) -> Lanes | StreamLanes:
+        if not isinstance(self.device, StreamDevice):
+            return Lanes(len(self.groups), placement)
+        main_group = self.ensemble.pools[self.layout.target_pool].group
+        return StreamLanes(self.device, len(self.groups), main_group, placement)
+
+    def _new_graphs(self) -> DecodeGraphs | None:
+        if not (isinstance(self.device, StreamDevice) and isinstance(self._lanes, StreamLanes)):
+            return None
+        return DecodeGraphs(self.ensemble, self.device, self._lanes, self.num_blocks)
+
     def _place(self, placement: Placement) -> None:
-        parallel = Lanes(len(self.groups), "lanes")
+        parallel = self._new_lanes("lanes")
         if placement == "auto":
             self.measured = {"sequential": self._measure(self._lanes), "lanes": self._measure(parallel)}
             if self.measured["sequential"] <= self.measured["lanes"]:
@@ -65,13 +95,15 @@ class Runner:
                 return
         self._lanes = parallel
 
-    def _measure(self, lanes: Lanes, rows: int = 4, rounds: int = 5) -> float:
+    def _measure(self, lanes: Lanes | StreamLanes, rows: int = 4, rounds: int = 5) -> float:
         """Fastest of a few decode steps of ``rows`` sequences through every group, in seconds."""
         spans = [Span([0], 0, [0], tuple(range(self.layout.num_pools)), 1) for _ in range(rows)]
         best = float("inf")
         for _ in range(rounds):
             start = time.perf_counter()
-            self._forward(spans, lanes)
+            with self.device.on(MAIN):
+                self._forward(spans, lanes)
+            self.device.synchronize()
             best = min(best, time.perf_counter() - start)
         return best
 
@@ -85,7 +117,8 @@ class Runner:
         if threads > 1:
             torch.set_num_threads(1)
         try:
-            return self._execute(batch)
+            with self.device.on(MAIN):
+                return self._execute(batch)
         finally:
             if threads > 1:
                 torch.set_num_threads(threads)
@@ -93,9 +126,13 @@ class Runner:
     def _execute(self, batch: Batch) -> StepOutput:
         start = time.perf_counter()
         if batch.copies:
-            source, destination = (torch.tensor(x) for x in zip(*batch.copies, strict=True))
+            source, destination = (self.device.upload(x) for x in zip(*batch.copies, strict=True))
             for group in self.groups:
                 group.copy_blocks(source, destination)
+        if self.graphs is not None and (tokens := self.graphs.run(batch)) is not None:
+            self.timings["forward"] += time.perf_counter() - start
+            self.timings["steps"] += 1
+            return StepOutput(tokens, [None] * len(tokens))
         hidden = self._forward(batch.spans, self._lanes)
         forwarded = time.perf_counter()
         self.timings["forward"] += forwarded - start
@@ -105,7 +142,7 @@ class Runner:
         self.timings["steps"] += 1
         return output
 
-    def _forward(self, spans: list[Span], lanes: Lanes) -> Hidden:
+    def _forward(self, spans: list[Span], lanes: Lanes | StreamLanes) -> Hidden:
         first: dict[tuple[int, int], int] = {}
         work: list[Callable[[], torch.Tensor] | None] = []
         for number, group in enumerate(self.groups):
@@ -153,12 +190,13 @@ class Runner:
             table[row, :used] = ids[:used]
             if offset:
                 table[row, :used] += offset
+        upload = self.device.upload
         return Rows(
-            torch.tensor(tokens),
-            torch.tensor(positions),
-            torch.tensor(adapters, dtype=torch.int32) if any(a >= 0 for a in adapters) else None,
-            torch.tensor(query_start, dtype=torch.int32),
-            torch.tensor(context_len, dtype=torch.int32),
-            torch.from_numpy(table),
-            None if all_outputs else torch.tensor(outputs),
+            upload(tokens),
+            upload(positions),
+            upload(adapters, torch.int32) if any(a >= 0 for a in adapters) else None,
+            upload(query_start, torch.int32),
+            upload(context_len, torch.int32),
+            upload(table),
+            None if all_outputs else upload(outputs),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -18,8 +19,9 @@ _SCORE_ROWS = 128
 class Sampler:
     """Samples and scores the rows of a batch."""
 
-    def __init__(self, combination: Combination) -> None:
+    def __init__(self, combination: Combination, upload: Callable[..., torch.Tensor] = torch.tensor) -> None:
         self.combination = combination
+        self._upload = upload
         self.ensemble = combination.ensemble
 
     def sample(self, rows: list[SampleRow], spans: list[Span], hidden: Hidden) -> StepOutput:
@@ -64,27 +66,27 @@ class Sampler:
         combined = combine and any(steering)
         if any(row.edits is not None for row in part):
             z = z.clone() if expert is None else ops.combine(z, expert, anti, alpha)
-            _apply_edits(z, [row.edits for row in part])
+            _apply_edits(z, [row.edits for row in part], self._upload)
             if expert is not None and nucleus == "target":
                 # The kept set is the target's, the scores are the edited combination: hand over their difference.
                 # A banned token's difference is not finite and would count as 0, so z itself is banned.
-                expert, anti, alpha = (z - target).unsqueeze(0), None, torch.ones(len(part), 1)
+                expert, anti, alpha = (z - target).unsqueeze(0), None, torch.ones(len(part), 1, device=z.device)
                 z = target.masked_fill(z == float("-inf"), float("-inf"))
             elif expert is not None:
                 expert = anti = alpha = None
                 combined = True
-        temperature = torch.tensor([row.temperature for row in part])
+        temperature = self._upload([row.temperature for row in part])
         sampled = ops.ensemble_sample(
             z,
             expert,
             anti,
             alpha=alpha,
             temperature=temperature,
-            top_k=torch.tensor([row.top_k for row in part], dtype=torch.int32),
-            top_p=torch.tensor([row.top_p for row in part]),
-            min_p=torch.tensor([row.min_p for row in part]),
-            seed=torch.tensor([row.seed for row in part]),
-            position=torch.tensor([row.position for row in part]),
+            top_k=self._upload([row.top_k for row in part], dtype=torch.int32),
+            top_p=self._upload([row.top_p for row in part]),
+            min_p=self._upload([row.min_p for row in part]),
+            seed=self._upload([row.seed for row in part]),
+            position=self._upload([row.position for row in part]),
             nucleus=nucleus,
             target_is_combined=combined,
         )
@@ -93,11 +95,15 @@ class Sampler:
             output.tokens[index] = tokens[place]
         wanted = [place for place, row in enumerate(part) if row.logprobs >= 0]
         if wanted:
-            pick = torch.tensor(wanted)
+            pick = self._upload(wanted)
             scores = (z if expert is None else ops.combine(z, expert, anti, alpha))[pick]
             heat = torch.where(temperature[pick] > 0, temperature[pick], 1.0).unsqueeze(1)
             entries = _logprobs(
-                scores / heat, target[pick] / heat, [tokens[p] for p in wanted], [part[p].logprobs for p in wanted]
+                scores / heat,
+                target[pick] / heat,
+                [tokens[p] for p in wanted],
+                [part[p].logprobs for p in wanted],
+                self._upload,
             )
             for place, entry in zip(wanted, entries, strict=True):
                 output.logprobs[indices[place]] = entry
@@ -113,34 +119,40 @@ class Sampler:
                 hidden, [row.span] * len(tokens), [row.steering] * len(tokens), offsets
             )
             combined = z if expert is None else ops.combine(z, expert, anti, alpha)
-            out += _logprobs(combined, z, tokens, [row.logprobs] * len(tokens))
+            out += _logprobs(combined, z, tokens, [row.logprobs] * len(tokens), self._upload)
         return out
 
 
-def _apply_edits(scores: torch.Tensor, edits: list[Edits | None]) -> None:
+def _apply_edits(scores: torch.Tensor, edits: list[Edits | None], upload: Callable[..., torch.Tensor]) -> None:
     """Change combined scores [B, V] in place: logit bias, bans, then penalties (vLLM's order and formulas)."""
     for row, edit in zip(scores, edits, strict=True):
         if edit is None:
             continue
         if edit.bias:
-            row[torch.tensor(list(edit.bias))] += torch.tensor(list(edit.bias.values()))
+            row[upload(list(edit.bias))] += upload(list(edit.bias.values()))
         if edit.banned:
-            row[torch.tensor(edit.banned)] = float("-inf")
+            row[upload(edit.banned)] = float("-inf")
         if edit.repetition_penalty != 1.0 and edit.seen:
-            seen = torch.tensor(edit.seen)
+            seen = upload(edit.seen)
             values = row[seen]
             row[seen] = torch.where(values > 0, values / edit.repetition_penalty, values * edit.repetition_penalty)
         if edit.counts and (edit.presence_penalty or edit.frequency_penalty):
-            counted = torch.tensor(list(edit.counts))
-            counts = torch.tensor(list(edit.counts.values()), dtype=torch.float32)
+            counted = upload(list(edit.counts))
+            counts = upload(list(edit.counts.values()), dtype=torch.float32)
             row[counted] -= edit.frequency_penalty * counts + edit.presence_penalty
 
 
-def _logprobs(combined: torch.Tensor, target: torch.Tensor, tokens: list[int], best: list[int]) -> list[TokenLogprobs]:
+def _logprobs(
+    combined: torch.Tensor,
+    target: torch.Tensor,
+    tokens: list[int],
+    best: list[int],
+    upload: Callable[..., torch.Tensor],
+) -> list[TokenLogprobs]:
     """Log-probabilities of ``tokens`` and of the best of each row, under the ensemble and under the target alone."""
     ensemble = combined.log_softmax(-1)
     alone = ensemble if combined is target else target.log_softmax(-1)
-    token = torch.tensor(tokens).clamp_min(0).unsqueeze(1)
+    token = upload(tokens).clamp_min(0).unsqueeze(1)
     own = ensemble.gather(1, token)
     ranks = ((ensemble > own).sum(1) + 1).tolist()
     own_target = alone.gather(1, token).squeeze(1).tolist()
