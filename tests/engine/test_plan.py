@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -71,8 +72,8 @@ def test_others_have_none(other: Batch) -> None:
 
 
 def test_rows_and_widths() -> None:
-    assert all(a < b for a, b in zip(ROWS, ROWS[1:], strict=False))
-    assert all(b - a <= max(1, -(-b // 5)) for a, b in zip(ROWS, ROWS[1:], strict=False))
+    assert all(a < b for a, b in itertools.pairwise(ROWS))
+    assert all(b - a <= max(1, -(-b // 5)) for a, b in itertools.pairwise(ROWS))
     assert widths(160) == (10,)
     assert widths(8192) == (64, 256, 512)
     assert widths(131072) == (64, 256, 1024, 4096, 8192)
