@@ -20,7 +20,6 @@
 namespace ensemble_decode {
 namespace cuda {
 
-constexpr int kCluster = 8;
 constexpr int kVisitSlice = 4096;  // tokens of a block of the first of two launches
 constexpr int kGrain = 8;          // slices are whole loads of every type
 
@@ -75,10 +74,17 @@ __device__ inline void load_quad(const float* x, int quad, float (&to)[4]) {
   to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
 }
 
+// x[i] without an array in memory.
+__device__ inline float one_of(const float (&x)[4], uint32_t i) {
+  float low = i & 1 ? x[1] : x[0], high = i & 1 ? x[3] : x[2];
+  return i & 2 ? high : low;
+}
+
 // Weight and number of the team's tokens above `bound`, or also of those equal to it.
 template <typename Team>
 __device__ inline Tally tally(Team& team, const Slice& slice, float max, float bound, bool or_equal) {
   Tally own = {0.0f, 0};
+#pragma unroll 1
   for (int quad = static_cast<int>(threadIdx.x); 4 * quad < slice.count; quad += kThreads) {
     float f[4];
     load_quad(slice.filter, quad, f);
@@ -97,12 +103,14 @@ __device__ inline Tally tally(Team& team, const Slice& slice, float max, float b
 template <typename Team>
 __device__ inline float kth_largest(Team& team, TeamMemory& memory, const Slice& slice, uint32_t k) {
   uint32_t prefix = 0, known = 0;
+#pragma unroll 1
   for (int pass = 0; pass < 3; pass++) {
     int shift = pass == 0 ? 21 : pass == 1 ? 10 : 0, bits = pass == 2 ? 10 : 11;
     uint32_t mask = (1u << bits) - 1;
     for (int i = static_cast<int>(threadIdx.x); i < kBins; i += kThreads) memory.bins[i] = 0;
     if (threadIdx.x == 0) memory.found_bin = kBins;
     __syncthreads();
+#pragma unroll 1
     for (int quad = static_cast<int>(threadIdx.x); 4 * quad < slice.count; quad += kThreads) {
       float f[4];
       load_quad(slice.filter, quad, f);
@@ -113,12 +121,14 @@ __device__ inline float kth_largest(Team& team, TeamMemory& memory, const Slice&
       }
     }
     team.barrier();
-    // From the top bin down, thread t has four of them; before it lie those of the threads below t.
-    constexpr int kOwn = kBins / kThreads;
-    int top = kBins - 1 - static_cast<int>(threadIdx.x) * kOwn;
-    uint32_t counts[kOwn], own = 0;
-#pragma unroll
-    for (int i = 0; i < kOwn; i++) own += counts[i] = team.count(top - i);
+    // From the top bin down, thread t has kOwn quads of bins; before them lie those of the threads below t.
+    constexpr int kOwn = kBins / 4 / kThreads;
+    int last = kBins / 4 - 1 - static_cast<int>(threadIdx.x) * kOwn;
+    uint32_t own = 0;
+    for (int i = 0; i < kOwn; i++) {
+      uint4 bins = team.counts(last - i);
+      own += bins.x + bins.y + bins.z + bins.w;
+    }
     uint32_t through = own;
     int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
 #pragma unroll
@@ -128,15 +138,22 @@ __device__ inline float kth_largest(Team& team, TeamMemory& memory, const Slice&
     }
     if (lane == 31) memory.warp_total[warp] = through;
     __syncthreads();
+#pragma unroll 1
     for (int w = 0; w < warp; w++) through += memory.warp_total[w];
     uint32_t before = through - own;
+    if (before < k && k <= through) {
+      for (int i = 0; i < kOwn; i++) {
+        uint4 bins = team.counts(last - i);
+        uint32_t descending[4] = {bins.w, bins.z, bins.y, bins.x};
 #pragma unroll
-    for (int i = 0; i < kOwn; i++) {
-      if (before < k && k <= before + counts[i]) {
-        memory.found_bin = static_cast<uint32_t>(top - i);
-        memory.found_before = before;
+        for (int j = 0; j < 4; j++) {
+          if (before < k && k <= before + descending[j]) {
+            memory.found_bin = static_cast<uint32_t>(4 * (last - i) + 3 - j);
+            memory.found_before = before;
+          }
+          before += descending[j];
+        }
       }
-      before += counts[i];
     }
     team.barrier();
     if (memory.found_bin == kBins) return ED_NONE;
@@ -155,38 +172,44 @@ struct Window {
 };
 
 // The best of this thread's candidates. Whole warps go through it: lanes tell one another how good a key must be.
-__device__ inline uint64_t best_of_thread(const Slice& slice, Window window, bool greedy, NoiseKey noise) {
+__device__ inline uint64_t best_of_thread(const Slice& slice, Window window, bool greedy, const int64_t* seed,
+                                          const int64_t* position) {
+  NoiseKey noise = noise_key(*seed, *position);
   uint64_t best = 0;
   float to_beat = ED_NONE;
   int quads = (slice.count + 3) / 4;
+#pragma unroll 1
   for (int base = static_cast<int>(threadIdx.x & ~31u); base < quads; base += kThreads) {
     int quad = base + static_cast<int>(threadIdx.x % 32);
     float s[4] = {}, f[4] = {};
-    bool any = false;
+    unsigned promising = 0;
     if (quad < quads) {
       load_quad(slice.score, quad, s);
       load_quad(slice.filter, quad, f);
 #pragma unroll
-      for (int i = 0; i < 4; i++) any |= window.holds(f[i]);
+      for (unsigned i = 0; i < 4; i++) promising |= static_cast<unsigned>(window.holds(f[i])) << i;
     }
-    if (any) {
-      uint32_t first = static_cast<uint32_t>(slice.first + 4 * quad);
-      PhiloxWords words = {};
-      if (!greedy) words = noise_words(first >> 2, noise);
+    uint32_t first = static_cast<uint32_t>(slice.first + 4 * quad);
+    if (promising && !greedy) {
+      PhiloxWords words = noise_words(first >> 2, noise);
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        if (!window.holds(f[i])) continue;
-        float key = s[i];
-        if (!greedy) {
-          // E >= u, so that s - log(u) bounds the key; 1e-3 is far more than the fast logarithm is off.
-          float u = uniform(words.word[i]);
-          if (__fadd_rn(s[i], __fsub_rn(1e-3f, __logf(u))) < to_beat) continue;
-          key = __fsub_rn(s[i], logf(-log1pf(-u)));
-          if (!(key >= -kLargest)) key = -kLargest;  // u rounded to 1: a candidate all the same
-        }
-        uint64_t own = candidate(key, first + static_cast<uint32_t>(i));
-        best = own > best ? own : best;
+      for (unsigned i = 0; i < 4; i++) {
+        // f is done with: u takes its place. E >= u, so that s - log(u) bounds the key; 1e-3 is far more than the fast
+        // logarithm is off.
+        f[i] = uniform(words.word[i]);
+        if (__fadd_rn(s[i], __fsub_rn(1e-3f, __logf(f[i]))) < to_beat) promising &= ~(1u << i);
       }
+    }
+#pragma unroll 1
+    for (; promising; promising &= promising - 1) {
+      uint32_t i = static_cast<uint32_t>(__ffs(static_cast<int>(promising)) - 1);
+      float key = one_of(s, i);
+      if (!greedy) {
+        key = __fsub_rn(key, logf(-log1pf(-one_of(f, i))));
+        if (!(key >= -kLargest)) key = -kLargest;  // u rounded to 1: a candidate all the same
+      }
+      uint64_t own = candidate(key, first + i);
+      best = own > best ? own : best;
     }
     uint32_t best_key = __reduce_max_sync(kAllLanes, static_cast<uint32_t>(best >> 32));
     if (best_key) to_beat = from_ordered(best_key);
@@ -202,7 +225,6 @@ __device__ inline int choose(Team& team, TeamMemory& memory, const SampleArgs& a
   int vocab = static_cast<int>(args.vocab), k = args.top_k[row];
   float p = args.top_p[row], min_p = args.min_p[row];
   bool greedy = args.temperature[row] == 0.0f, use_k = k > 0 && k < vocab, use_p = p < 1.0f;
-  NoiseKey noise = noise_key(args.seed[row], args.position[row]);
   Window window = {-kLargest, ED_NONE};
   if (min_p > 0.0f) window.least = __fadd_rn(total.max, logf(min_p));
   float mass = total.sum;
@@ -219,7 +241,7 @@ __device__ inline int choose(Team& team, TeamMemory& memory, const SampleArgs& a
     window.least = fmaxf(window.least, fminf(bound, total.max));
   }
   for (;;) {
-    uint64_t best = team.all(best_of_thread(slice, window, greedy, noise), Larger());
+    uint64_t best = team.all(best_of_thread(slice, window, greedy, args.seed + row, args.position + row), Larger());
     if (best == 0) return -1;
     int token = static_cast<int>(token_of(best));
     float own = team.at(slice.filter, token);

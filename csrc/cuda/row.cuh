@@ -64,23 +64,28 @@ __device__ inline uint4 shifted(uint4 low, uint4 high, unsigned bytes) {
           __funnelshift_r(low.z, low.w, bits), __funnelshift_r(low.w, high.x, bits)};
 }
 
+__device__ inline uint32_t bits_of(float x) { return as_bits(x); }
+__device__ inline uint32_t bits_of(bfloat16 x) { return x.bits; }
+__device__ inline uint32_t bits_of(float16 x) { return x.bits; }
+
 // Tokens at … at + kPerLoad - 1 of a row, `at` a multiple of kPerLoad; 0 past the vocabulary. A row that does not begin
 // on 16 bytes (an odd vocabulary, say) is read by the two aligned loads that hold the tokens: the second is what a
 // neighbour reads first, so it comes from the first-level cache. Nothing outside the row is ever read.
 template <typename T>
-__device__ inline void load_tokens(const T* row, int at, int vocab, float (&x)[kPerLoad<T>]) {
+__device__ inline uint4 load_tokens(const T* row, int at, int vocab) {
   constexpr int n = kPerLoad<T>;
   unsigned past = static_cast<unsigned>(reinterpret_cast<uintptr_t>(row) & 15);
   int shift = static_cast<int>(past / sizeof(T));
-  if (past == 0 && at + n <= vocab) {
-    unpack(__ldg(reinterpret_cast<const uint4*>(row + at)), x, T{});
-  } else if (past != 0 && at >= shift && at - shift + 2 * n <= vocab) {
+  if (past == 0 && at + n <= vocab) return __ldg(reinterpret_cast<const uint4*>(row + at));
+  if (past != 0 && at >= shift && at - shift + 2 * n <= vocab) {
     const uint4* both = reinterpret_cast<const uint4*>(row + (at - shift));
-    unpack(shifted(__ldg(both), __ldg(both + 1), past), x, T{});
-  } else {
-#pragma unroll
-    for (int i = 0; i < n; i++) x[i] = at + i < vocab ? widen(row[at + i]) : 0.0f;
+    return shifted(__ldg(both), __ldg(both + 1), past);
   }
+  uint32_t words[4] = {};
+#pragma unroll
+  for (int i = 0; i < n; i++)
+    if (at + i < vocab) words[i * 4 / n] |= bits_of(row[at + i]) << (8 * sizeof(T) * i % 32);
+  return {words[0], words[1], words[2], words[3]};
 }
 
 // e^d for d <= 0. The arithmetic that follows is explicit: every thread must come to the same bits.
@@ -171,36 +176,41 @@ __device__ inline Sums visit(const Row<T>& row, int begin, int end, float* score
   constexpr int n = kPerLoad<T>;
   Sums sums = empty_sums();
   for (int at = begin + static_cast<int>(threadIdx.x) * n; at < end; at += kThreads * n) {
-    float z[n], s[n];
-    load_tokens(row.target, at, row.vocab, z);
-#pragma unroll
-    for (int i = 0; i < n; i++) s[i] = z[i];
+    uint4 z = load_tokens(row.target, at, row.vocab);
+    float s[n];
+    unpack(z, s, T{});
     for (int p = 0; p < row.num_pairs; p++) {
       Pair<T> pair = row.pairs[p];
       if (pair.alpha == 0.0f) continue;
       float d[n];
-      load_tokens(pair.expert, at, row.vocab, d);
+      uint4 plus = load_tokens(pair.expert, at, row.vocab);
       if (pair.anti) {
         float minus[n];
-        load_tokens(pair.anti, at, row.vocab, minus);
+        uint4 packed = load_tokens(pair.anti, at, row.vocab);
+        unpack(plus, d, T{});
+        unpack(packed, minus, T{});
 #pragma unroll
         for (int i = 0; i < n; i++) d[i] = __fsub_rn(d[i], minus[i]);
+      } else {
+        unpack(plus, d, T{});
       }
 #pragma unroll
       for (int i = 0; i < n; i++) s[i] = corrected(s[i], pair.alpha, d[i]);
     }
+    float t[n];
+    unpack(z, t, T{});
 #pragma unroll
     for (int i = 0; i < n; i++) {
-      s[i] = at + i < row.vocab ? scored(s[i], z[i], row.temperature) : ED_NONE;
+      s[i] = at + i < row.vocab ? scored(s[i], t[i], row.temperature) : ED_NONE;
       if (!(s[i] <= kLargest)) sums.invalid = 1;
     }
     add(sums.score, s);
     store(score + (at - begin), s);
     if (!row.with_target) continue;
 #pragma unroll
-    for (int i = 0; i < n; i++) z[i] = at + i < row.vocab ? scored(z[i], z[i], row.temperature) : ED_NONE;
-    add(sums.target, z);
-    if (target) store(target + (at - begin), z);
+    for (int i = 0; i < n; i++) t[i] = at + i < row.vocab ? scored(t[i], t[i], row.temperature) : ED_NONE;
+    add(sums.target, t);
+    if (target) store(target + (at - begin), t);
   }
   return sums;
 }

@@ -8,8 +8,13 @@
 namespace ensemble_decode {
 namespace cuda {
 
-constexpr int kThreads = 512;  // of every block
+// Of every block. The sums' last bits depend on it, the tokens don't.
+#if !defined(ED_CUDA_THREADS)
+#define ED_CUDA_THREADS 512
+#endif
+constexpr int kThreads = ED_CUDA_THREADS;
 constexpr int kWarps = kThreads / 32;
+constexpr int kCluster = 8;  // blocks
 constexpr int kBins = 2048;  // of a histogram: 11 bits of a key
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kExchangeWords = 5;
@@ -19,7 +24,7 @@ constexpr int kExchangeWords = 5;
 struct TeamMemory {
   uint32_t warp[2][kWarps][kExchangeWords];
   uint32_t block[2][kExchangeWords];
-  uint32_t bins[kBins];
+  alignas(16) uint32_t bins[kBins];
   uint32_t warp_total[kWarps];
   uint32_t found_bin, found_before;
 };
@@ -78,8 +83,8 @@ class BlockTeam {
     return x[i];
   }
 
-  // Sum over the team of each block's bins[i].
-  __device__ uint32_t count(int i) const { return memory_.bins[i]; }
+  // Sums over the team of each block's four bins from 4 * i on.
+  __device__ uint4 counts(int i) const { return reinterpret_cast<const uint4*>(memory_.bins)[i]; }
 
   // No thread may leave while another might read its memory.
   __device__ void leave() {}
@@ -106,7 +111,7 @@ class BlockTeam {
 class ClusterTeam : public BlockTeam {
  public:
   __device__ ClusterTeam(TeamMemory& memory, int slice)
-      : BlockTeam(memory), slice_(slice), rank_(__clusterRelativeBlockRank()), size_(__clusterSizeInBlocks()) {}
+      : BlockTeam(memory), slice_(slice), rank_(__clusterRelativeBlockRank()) {}
 
   __device__ unsigned rank() const { return rank_; }
 
@@ -121,8 +126,9 @@ class ClusterTeam : public BlockTeam {
     value = of_block(value, merge);
     if (threadIdx.x == 0) put(memory_.block[turn_], value);
     barrier();
-    value = get<V>(of_rank(memory_.block[turn_], 0));
-    for (unsigned r = 1; r < size_; r++) value = merge(value, get<V>(of_rank(memory_.block[turn_], r)));
+    value = get<V>(of_rank(memory_.block[turn_], threadIdx.x % kCluster));
+#pragma unroll
+    for (int mask = kCluster / 2; mask > 0; mask >>= 1) value = merge(value, from_lane_xor(value, mask));
     return value;
   }
 
@@ -132,9 +138,13 @@ class ClusterTeam : public BlockTeam {
     return of_rank(x, owner)[i - static_cast<int>(owner) * slice_];
   }
 
-  __device__ uint32_t count(int i) const {
-    uint32_t total = 0;
-    for (unsigned r = 0; r < size_; r++) total += of_rank(memory_.bins, r)[i];
+  __device__ uint4 counts(int i) const {
+    uint4 total = {};
+#pragma unroll 2
+    for (unsigned r = 0; r < kCluster; r++) {
+      uint4 own = reinterpret_cast<const uint4*>(of_rank(memory_.bins, r))[i];
+      total = {total.x + own.x, total.y + own.y, total.z + own.z, total.w + own.w};
+    }
     return total;
   }
 
@@ -147,7 +157,7 @@ class ClusterTeam : public BlockTeam {
   }
 
   int slice_;
-  unsigned rank_, size_;
+  unsigned rank_;
 };
 #endif
 
