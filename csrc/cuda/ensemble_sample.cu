@@ -27,18 +27,7 @@ cudaError_t in_clusters(const SampleArgs& args, const Plan& plan, cudaStream_t s
 
 template <typename T>
 cudaError_t in_two_launches(const SampleArgs& args, const Plan& plan, void* memory, cudaStream_t stream) {
-  Workspace workspace = {};
-  workspace.padded = static_cast<int64_t>(plan.slice) * plan.slices;
-  workspace.slices = plan.slices;
-  char* next = static_cast<char*>(memory);
-  size_t bytes = static_cast<size_t>(args.rows * workspace.padded) * sizeof(float);
-  workspace.score = reinterpret_cast<float*>(next);
-  next += bytes;
-  if (keeps_target(args)) {
-    workspace.target = reinterpret_cast<float*>(next);
-    next += bytes;
-  }
-  workspace.sums = reinterpret_cast<Sums*>(next);
+  Workspace workspace = workspace_at(args, plan, memory);
   dim3 rows(static_cast<unsigned>(args.rows)), grid(rows.x, static_cast<unsigned>(plan.slices));
   ensemble_sample_visit<T><<<grid, kThreads, 0, stream>>>(args, plan.slice, workspace);
   ensemble_sample_finish<T><<<rows, kThreads, 0, stream>>>(args, workspace);

@@ -353,5 +353,16 @@ inline Plan planned(const SampleArgs& args, bool clusters, size_t shared_of_bloc
   return {false, kVisitSlice, static_cast<int>(slices), 0, workspace};
 }
 
+inline Workspace workspace_at(const SampleArgs& args, const Plan& plan, void* memory) {
+  Workspace workspace = {};
+  workspace.padded = static_cast<int64_t>(plan.slice) * plan.slices;
+  workspace.slices = plan.slices;
+  int64_t floats = args.rows * workspace.padded;
+  workspace.score = static_cast<float*>(memory);
+  if (keeps_target(args)) workspace.target = workspace.score + floats;
+  workspace.sums = reinterpret_cast<Sums*>(workspace.score + (keeps_target(args) ? 2 : 1) * floats);
+  return workspace;
+}
+
 }  // namespace cuda
 }  // namespace ensemble_decode
