@@ -1,10 +1,14 @@
-"""Builds the C++ operators (``csrc``) into ``ensemble_decode/_C.abi3.so``.
+"""Builds the operators (``csrc``) into ``ensemble_decode/_C.abi3.so``: C++ always, CUDA where nvcc is.
 
 Everything else about the package is in pyproject.toml. The extension uses LibTorch's stable ABI:
-one file for every Python from 3.11 on and every torch from 2.13 on.
+one file for every Python from 3.11 on and every torch from 2.13 on. A build host needs no GPU, and neither does a
+machine that loads the file: the CUDA runtime is linked statically. ``ENSEMBLE_DECODE_CUDA=0`` leaves CUDA out,
+``ENSEMBLE_DECODE_CUDA=1`` makes a missing nvcc an error.
 """
 
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -21,6 +25,55 @@ except ImportError:
 
 ROOT = Path(__file__).parent
 TORCH_TARGET_VERSION = "0x020d000000000000"
+# The last one also as PTX, for GPUs that are newer.
+CUDA_ARCHITECTURES = ("80", "90", "100")
+
+
+def cuda_home() -> Path | None:
+    """Where the CUDA toolkit is; None where there is none, or it isn't wanted."""
+    wanted = os.environ.get("ENSEMBLE_DECODE_CUDA", "")
+    if wanted == "0":
+        return None
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        if wanted == "1":
+            sys.exit("ensemble_decode: ENSEMBLE_DECODE_CUDA is 1, but there is no nvcc on PATH")
+        return None
+    # nvcc on PATH may be a script that calls another: it says itself where it lies.
+    dry = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True)
+    tops = [line.partition(" TOP=")[2].strip() for line in dry.stderr.splitlines() if " TOP=" in line]
+    if not tops:
+        sys.exit(f"ensemble_decode: {nvcc} does not work here (set ENSEMBLE_DECODE_CUDA=0 to build without it)")
+    return Path(tops[0]).resolve()
+
+
+class Build(BuildExtension):  # type: ignore[misc]
+    """Before the C++ files, compiles ``csrc/cuda`` where the toolkit is: some ten seconds."""
+
+    def build_extensions(self) -> None:
+        home = cuda_home()
+        for extension in self.extensions:
+            if home is not None:
+                extension.extra_objects.append(str(self.compile_cuda(home)))
+                extension.define_macros.append(("ENSEMBLE_DECODE_WITH_CUDA", None))
+                extension.include_dirs.append(str(home / "include"))
+                extension.library_dirs.append(str(next(p.parent for p in home.rglob("libcudart_static.a"))))
+                extension.libraries += ["cudart_static", "dl", "pthread", "rt"]
+        super().build_extensions()
+
+    def compile_cuda(self, home: Path) -> Path:
+        source = ROOT / "csrc" / "cuda" / "ensemble_sample.cu"
+        target = Path(self.build_temp).resolve() / "ensemble_sample_cuda.o"
+        read = [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cpu").glob("*.h"), *source.parent.iterdir(), Path(__file__)]
+        if target.exists() and target.stat().st_mtime > max(p.stat().st_mtime for p in read):
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
+        codes.append(f"-gencode=arch=compute_{CUDA_ARCHITECTURES[-1]},code=compute_{CUDA_ARCHITECTURES[-1]}")
+        # --fmad=false for the same reason as -ffp-contract=off below.
+        flags = ["-O3", "-std=c++17", "--fmad=false", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+        subprocess.run([str(home / "bin" / "nvcc"), *flags, *codes, "-c", str(source), "-o", str(target)], check=True)
+        return target
 
 
 def extensions() -> list:
@@ -55,6 +108,6 @@ if tuple(int(x) for x in torch.__version__.split("+")[0].split(".")[:2]) < (2, 1
 
 setup(
     ext_modules=extensions(),
-    cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)},
+    cmdclass={"build_ext": Build.with_options(use_ninja=True)},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -402,6 +402,17 @@ ON_CPU_PLAIN inline void run_block(Block& b, unsigned seed) {
   block = nullptr;
 }
 
+struct Free {
+  void operator()(char* p) const { free(p); }
+};
+using AlignedMemory = std::unique_ptr<char, Free>;
+inline AlignedMemory aligned_memory(size_t bytes) {
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 16, bytes + 1)) die("no memory");
+  memset(memory, 0xff, bytes);
+  return AlignedMemory(static_cast<char*>(memory));
+}
+
 // Runs body() in every thread of every block. `cluster` blocks that follow one another in x are a cluster.
 template <typename F>
 void launch(dim3 grid, dim3 size, unsigned cluster, size_t dynamic_bytes, F kernel) {
@@ -413,11 +424,8 @@ void launch(dim3 grid, dim3 size, unsigned cluster, size_t dynamic_bytes, F kern
     Cluster team;
     team.blocks.assign(cluster, nullptr);
     std::vector<std::thread> threads;
-    std::vector<std::unique_ptr<char[]>> memory;
-    for (unsigned rank = 0; rank < cluster; rank++) {
-      memory.emplace_back(new (std::align_val_t(16)) char[dynamic_bytes + 1]);
-      memset(memory.back().get(), 0xff, dynamic_bytes);
-    }
+    std::vector<AlignedMemory> memory;
+    for (unsigned rank = 0; rank < cluster; rank++) memory.push_back(aligned_memory(dynamic_bytes));
     for (unsigned rank = 0; rank < cluster; rank++)
       threads.emplace_back([&, rank] {
         unsigned i = first + rank;

@@ -54,7 +54,7 @@ void run(const SampleArgs& args, const cuda::Plan& plan) {
     return;
   }
   // Exactly as large as the plan says.
-  std::unique_ptr<char[]> memory(new (std::align_val_t(16)) char[plan.workspace_bytes]);
+  on_cpu::AlignedMemory memory = on_cpu::aligned_memory(plan.workspace_bytes);
   cuda::Workspace workspace = cuda::workspace_at(args, plan, memory.get());
   on_cpu::launch(dim3(rows, slices), dim3(cuda::kThreads), 1, 0,
                  [&] { cuda::ensemble_sample_visit<T>(args, plan.slice, workspace); });
