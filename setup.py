@@ -64,7 +64,12 @@ class Build(BuildExtension):  # type: ignore[misc]
     def compile_cuda(self, home: Path) -> Path:
         source = ROOT / "csrc" / "cuda" / "ensemble_sample.cu"
         target = Path(self.build_temp).resolve() / "ensemble_sample_cuda.o"
-        read = [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cpu").glob("*.h"), *source.parent.iterdir(), Path(__file__)]
+        read = [
+            *(ROOT / "csrc").glob("*.h"),
+            *(ROOT / "csrc" / "cpu").glob("*.h"),
+            *source.parent.iterdir(),
+            Path(__file__),
+        ]
         if target.exists() and target.stat().st_mtime > max(p.stat().st_mtime for p in read):
             return target
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -22,13 +22,15 @@ COMPILER = shutil.which("g++")
 _DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def build(program: Path, sanitizers: str = "", threads: int = 512, sources: Path = SOURCES) -> Path:
+def build(program: Path, sanitizers: str = "", threads: int = 512, sources: Path = SOURCES, defines: str = "") -> Path:
     """Compiles the kernels in ``sources`` for the CPU, optionally under sanitizers and with smaller blocks."""
     command = [
         str(COMPILER), "-std=c++17", "-O1", "-g1", "-ffp-contract=off", "-pthread", "-Wall", "-Werror",
         "-Wno-unknown-pragmas", f"-I{SHIM}", f"-I{sources / 'cuda'}", "-include", "cuda_on_cpu.h",
         f"-DED_CUDA_THREADS={threads}", str(SHIM / "ensemble_sample_on_cpu.cc"), "-o", str(program),
     ]  # fmt: skip
+    if defines:
+        command.append(f"-D{defines}")
     if sanitizers:
         command += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
     subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
@@ -99,6 +101,8 @@ def run(program: Path, cases: Sequence[Case], seed: int = 0, **options: int) -> 
         rows = case.batch
         part, data = data[: 16 * rows], data[16 * rows :]
         floats = torch.frombuffer(bytearray(part[8 * rows :]), dtype=torch.float32)
-        samples.append(EnsembleSample(torch.frombuffer(bytearray(part[: 8 * rows]), dtype=torch.int64), *floats.view(2, rows)))
+        samples.append(
+            EnsembleSample(torch.frombuffer(bytearray(part[: 8 * rows]), dtype=torch.int64), *floats.view(2, rows))
+        )
     assert not data
     return samples

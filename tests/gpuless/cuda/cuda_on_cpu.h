@@ -13,7 +13,6 @@
 #include <sys/mman.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <condition_variable>
 #include <cstdint>
@@ -67,7 +66,6 @@ using cudaStream_t = void*;
 namespace on_cpu {
 
 constexpr size_t kStack = 64 << 10;
-constexpr int kDeadlockSeconds = 60;
 
 enum class State { ready, at_block_barrier, at_warp, at_cluster_barrier, done };
 
@@ -98,7 +96,7 @@ struct Cluster {
   std::mutex mutex;
   std::condition_variable changed;
   std::vector<Block*> blocks;  // null: not begun, or exited
-  unsigned begun = 0, threads = 0, arrived = 0, exited = 0;
+  unsigned begun = 0, threads = 0, arrived = 0, exited = 0, asleep = 0;
   uint64_t phase = 0;
   char order[2];  // what TSan knows a phase by
 };
@@ -219,6 +217,7 @@ ON_CPU_PLAIN inline void cluster_arrive() {
   ON_CPU_RELEASE(&c->order[c->phase & 1]);
   if (++c->arrived == c->threads) {
     c->arrived = 0;
+    c->asleep = 0;
     c->phase++;
     c->changed.notify_all();
   }
@@ -306,11 +305,11 @@ ON_CPU_PLAIN inline bool release_cluster_barrier(Block& b, bool patient) {
       if (b.fibers[i].state == State::at_cluster_barrier && b.fibers[i].cluster_phase != c->phase) return true;
     return false;
   };
-  if (patient) {
-    auto stuck = [&] { return c->exited > 0; };
-    c->changed.wait_for(lock, std::chrono::seconds(kDeadlockSeconds), [&] { return over() || stuck(); });
-    if (!over()) die(stuck() ? "a block has exited while others wait at the cluster's barrier"
-                             : "deadlock at the cluster's barrier");
+  if (patient && !over()) {
+    // None of this block's threads can go on before the phase is over; with all blocks so, it never is.
+    if (++c->asleep == c->blocks.size()) die("deadlock at the cluster's barrier");
+    c->changed.wait(lock, [&] { return over() || c->exited > 0; });
+    if (!over()) die("a block has exited while others wait at the cluster's barrier");
   }
   bool released = false;
   for (unsigned i = 0; i < b.threads; i++) {

@@ -99,8 +99,12 @@ int main(int argc, char** argv) {
     cuda::Plan plan = cuda::planned(args, !h.two_launches, 232448);
     switch (args.dtype) {
       case DType::float32: run<float>(args, plan); break;
+#if !defined(ONLY_FLOAT32)
       case DType::bfloat16: run<bfloat16>(args, plan); break;
       case DType::float16: run<float16>(args, plan); break;
+#else
+      default: return 2;
+#endif
     }
     results.write(reinterpret_cast<char*>(token.data()), static_cast<std::streamsize>(8 * rows));
     results.write(reinterpret_cast<char*>(logprob.data()), static_cast<std::streamsize>(4 * rows));
