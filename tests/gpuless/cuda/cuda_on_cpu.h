@@ -502,8 +502,9 @@ inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
   return value;
 }
 inline unsigned atomicAdd(unsigned* p, unsigned value) { return __atomic_fetch_add(p, value, __ATOMIC_RELAXED); }
+// Not inlined: all of *p is read, also where only a part is used.
 template <typename T>
-T __ldg(const T* p) {
+__attribute__((noinline)) T __ldg(const T* p) {
   return *p;
 }
 inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned bits) {
