@@ -1,0 +1,108 @@
+"""Small kernels that the simulator is tested with: PTX by hand, Triton over a cluster, CUDA over a cluster."""
+
+from __future__ import annotations
+
+HEADER = ".version 8.7\n.target sm_90\n.address_size 64\n"
+
+#: Each CTA of a cluster of 4 leaves a number per warp with its right neighbour, all meet, and each reads its own.
+RING = (
+    HEADER
+    + """
+.visible .entry ring(.param .u64 out)
+.reqntid 64
+.explicitcluster
+.reqnctapercluster 4
+{
+    .reg .pred %p<3>;
+    .reg .b32 %r<20>;
+    .reg .b64 %rd<5>;
+    .shared .align 4 .b8 box[8];
+    ld.param.u64 %rd1, [out];
+    mov.u32 %r1, %tid.x;
+    mov.u32 %r2, %cluster_ctarank;
+    barrier.cluster.arrive.relaxed.aligned;
+    barrier.cluster.wait.aligned;
+    add.u32 %r3, %r2, 1;
+    and.b32 %r3, %r3, 3;
+    mov.u32 %r4, box;
+    mapa.shared::cluster.u32 %r5, %r4, %r3;
+    shr.u32 %r6, %r1, 5;
+    shl.b32 %r7, %r6, 2;
+    and.b32 %r8, %r1, 31;
+    setp.ne.u32 %p1, %r8, 0;
+    add.u32 %r9, %r5, %r7;
+    mad.lo.u32 %r10, %r2, 10, %r6;
+    @%p1 bra $MEET;
+    st.shared::cluster.u32 [%r9], %r10;
+$MEET:
+    barrier.cluster.arrive.release.aligned;
+    barrier.cluster.wait.acquire.aligned;
+    ld.shared.u32 %r11, [box];
+    ld.shared.u32 %r12, [box+4];
+    add.u32 %r13, %r11, %r12;
+    mov.u32 %r14, %ctaid.x;
+    mul.wide.u32 %rd2, %r14, 4;
+    add.s64 %rd3, %rd1, %rd2;
+    setp.ne.u32 %p2, %r1, 0;
+    @%p2 bra $END;
+    st.global.u32 [%rd3], %r13;
+$END:
+    ret;
+}
+"""
+)
+
+#: A maximum over a cluster with cooperative groups; scores stay in dynamic shared memory.
+CLUSTER_MAXIMUM = r"""
+#include <cooperative_groups.h>
+namespace cg = cooperative_groups;
+extern "C" __global__ void __cluster_dims__(8, 1, 1) __launch_bounds__(128) maximum(const float* z, float* out, int V) {
+  extern __shared__ float held[];
+  __shared__ float warp[4], part;
+  auto cluster = cg::this_cluster();
+  unsigned rank = cluster.block_rank();
+  int row = blockIdx.x / 8, count = 0;
+  for (int i = rank * 128 + threadIdx.x; i < V; i += 1024) held[128 * count++ + threadIdx.x] = z[(long long)row * V + i];
+  float best = -INFINITY;
+  for (int i = 0; i < count; i++) best = fmaxf(best, held[128 * i + threadIdx.x]);
+  for (int step = 16; step; step /= 2) best = fmaxf(best, __shfl_xor_sync(~0u, best, step));
+  if (threadIdx.x % 32 == 0) warp[threadIdx.x / 32] = best;
+  __syncthreads();
+  if (threadIdx.x == 0) part = fmaxf(fmaxf(warp[0], warp[1]), fmaxf(warp[2], warp[3]));
+  cluster.sync();
+  best = -INFINITY;
+  for (int r = 0; r < 8; r++) best = fmaxf(best, *cluster.map_shared_rank(&part, r));
+  cluster.sync();
+  if (rank == 0 && threadIdx.x == 0) out[row] = best;
+}
+"""
+
+
+def straight(body: str, outputs: int = 1) -> str:
+    """A kernel of one warp around ``body``: inputs in %a, %b, %c (u64 each), results from %o0 … as u64."""
+    stores = "".join(f"    st.global.u64 [%at+{8 * i}], %o{i};\n" for i in range(outputs))
+    return (
+        HEADER
+        + f"""
+.visible .entry straight(.param .u64 in, .param .u64 out)
+.reqntid 32
+{{
+    .reg .pred %p<9>;
+    .reg .b16 %h<9>;
+    .reg .b32 %r<19>;
+    .reg .f32 %f<9>;
+    .reg .b64 %rd<9>;
+    .reg .b64 %a, %b, %c, %at, %o<{outputs}>;
+    ld.param.u64 %rd0, [in];
+    mov.u32 %r0, %tid.x;
+    mad.wide.u32 %rd0, %r0, 24, %rd0;
+    ld.global.u64 %a, [%rd0];
+    ld.global.u64 %b, [%rd0+8];
+    ld.global.u64 %c, [%rd0+16];
+    ld.param.u64 %at, [out];
+    mad.wide.u32 %at, %r0, {8 * outputs}, %at;
+{body}
+{stores}    ret;
+}}
+"""
+    )

@@ -1,0 +1,21 @@
+"""Executes compiled PTX on the CPU, in NumPy, with every thread of every CTA a vector lane.
+
+What it is for: a kernel that was compiled for a GPU which is not there is run instruction by instruction, so that its
+results can be compared with the reference, and its memory accesses and barriers checked:
+
+* global memory: inside the tensors passed in, naturally aligned (a 16-byte load needs a 16-byte address), nothing read
+  that was never written, bytes and 32-byte sectors counted per tensor, two CTAs racing on one place;
+* shared memory, that of other CTAs of the cluster included: inside, aligned, written before it is read, no race (exact
+  happens-before by vector clocks, a clock per warp), no access to a CTA that may not have begun or may have ended;
+* barriers: divergence, deadlock, arriving twice at a cluster barrier; warp instructions whose mask names absent lanes.
+
+What it cannot see: the weak memory model's reorderings, races inside one warp, time. ``ex2``, ``lg2`` and other
+approximations are rounded from float64; ``approximate=True`` adds a random error up to the manual's bound.
+Tensor-core, TMA and asynchronous-copy instructions are refused.
+"""
+
+from tests.gpuless.ptxsim.machine import Machine, launch
+from tests.gpuless.ptxsim.parser import Kernel
+from tests.gpuless.ptxsim.values import PtxError
+
+__all__ = ["Kernel", "Machine", "PtxError", "launch"]
