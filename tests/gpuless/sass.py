@@ -1,0 +1,73 @@
+"""Figures of compiled kernels from their cubins: registers, spills, shared memory, instructions, occupancy."""
+
+from __future__ import annotations
+
+import functools
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from triton import knobs
+
+from tests.gpuless.aot import loops, opcodes, uses_fp64
+
+_INCLUDE = Path(knobs.nvidia.ptxas.path).parents[1] / "include"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What the assembler made of one kernel. Shared memory is the static part, in bytes; ``local`` bytes are spills."""
+
+    registers: int
+    shared: int
+    local: int
+    instructions: int
+    loads: tuple[str, ...]
+    loads_in_loops: tuple[str, ...]
+    fp64: bool
+
+
+def _tool(name: str, *arguments: str) -> str:
+    path = str(getattr(knobs.nvidia, name).path)
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def figures(cubin: bytes) -> dict[str, Figures]:
+    """Each kernel of a cubin by its (mangled) name."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+        text = _tool("nvdisasm", "-c", "-ndf", file.name)
+    bodies = dict(re.findall(r"(?ms)^\s*\.section\s+\.text\.([\w$]+)(.*?)(?=^\s*\.section\s|\Z)", text))
+    result = {}
+    for name, numbers in re.findall(r"Function ([\w$]+):\s*\n(.*)", usage):
+        found = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", numbers)}
+        ops = opcodes(bodies[name])
+        inside = {re.sub(r"^@!?U?P\w+\s+", "", i).split()[0] for loop in loops(bodies[name]) for i in loop}
+        result[name] = Figures(
+            found["REG"],
+            found.get("SHARED", 0),
+            found.get("LOCAL", 0) + found.get("STACK", 0),
+            sum(n for op, n in ops.items() if op != "NOP"),
+            tuple(sorted(op for op in ops if op.startswith("LDG"))),
+            tuple(sorted(op for op in inside if op.startswith("LDG"))),
+            uses_fp64(bodies[name]),
+        )
+    return result
+
+
+@functools.cache
+def _calculator() -> Path:
+    program = Path(tempfile.mkdtemp()) / "occupancy"
+    source = Path(__file__).with_name("sass_occupancy.cc")
+    subprocess.run(["g++", "-std=c++17", f"-I{_INCLUDE}", str(source), "-o", str(program)], check=True)
+    return program
+
+
+def blocks_per_multiprocessor(arch: int, registers: int, threads: int, shared: int, dynamic: int = 0) -> int:
+    """Blocks that one multiprocessor holds at once, as NVIDIA's cuda_occupancy.h computes it."""
+    numbers = map(str, (arch, registers, threads, shared, dynamic))
+    return int(subprocess.run([str(_calculator()), *numbers], capture_output=True, text=True, check=True).stdout)
