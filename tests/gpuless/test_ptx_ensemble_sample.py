@@ -1,7 +1,7 @@
 """ensemble_sample as compiled for a GPU, executed instruction by instruction, against the reference.
 
 Both forms of both languages: Triton and CUDA C++, one launch over a cluster (sm_90, sm_100) and two launches (sm_80, sm_90,
-sm_100). Every run has all checks of the simulator on. ``ENSEMBLE_DECODE_FULL=1`` runs the sampling contract's whole grid.
+sm_100). Every run has all checks of the simulator on. ``ENSEMBLE_DECODE_FULL_GRID=1`` runs the sampling contract's whole grid.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.gpuless import cuda_sample
 from tests.gpuless.ptxsim import PtxError
 from tests.ops.sampling_cases import Case, Judge, endless, make_case
 
-FULL = bool(os.environ.get("ENSEMBLE_DECODE_FULL"))
+FULL = bool(os.environ.get("ENSEMBLE_DECODE_FULL_GRID"))
 FORMS = [
     (arch, form) for arch in (80, 90, 100) for form in ("cluster", "two launches") if (arch, form) != (80, "cluster")
 ]
