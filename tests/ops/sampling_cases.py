@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -48,24 +48,14 @@ class Case:
 
     def rows(self, index: Tensor) -> Case:
         """The case of these rows only, in this order."""
-        return Case(
-            self.target[index],
-            None if self.expert is None else self.expert[:, index],
-            None if self.anti_expert is None else self.anti_expert[:, index],
-            *(
-                None if value is None else value[index]
-                for value in (
-                    self.alpha,
-                    self.temperature,
-                    self.top_k,
-                    self.top_p,
-                    self.min_p,
-                    self.seed,
-                    self.position,
-                )
-            ),
-            nucleus=self.nucleus,
-            target_is_combined=self.target_is_combined,
+        names = ("alpha", "temperature", "top_k", "top_p", "min_p", "seed", "position")
+        given = {name: value[index] for name in names if (value := getattr(self, name)) is not None}
+        return replace(
+            self,
+            target=self.target[index],
+            expert=None if self.expert is None else self.expert[:, index],
+            anti_expert=None if self.anti_expert is None else self.anti_expert[:, index],
+            **given,
         )
 
     def run(self, operator: object) -> EnsembleSample:
@@ -162,9 +152,10 @@ class Judge:
             if not (name == "target_logprob" and case.target_is_combined):
                 index = got.token[valid].unsqueeze(1)
                 truth[valid] = scores[valid].double().log_softmax(-1).gather(1, index).squeeze(1)
-            torch.testing.assert_close(
-                mine.double(), truth, rtol=1e-6, atol=3e-6, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
-            )
+            try:
+                torch.testing.assert_close(mine.double(), truth, rtol=1e-6, atol=3e-6, equal_nan=True)
+            except AssertionError as error:
+                raise AssertionError(f"{name}: {error}") from None
 
     @staticmethod
     def _excused(case: Case, row: int, token: int, score: Tensor, target_score: Tensor) -> bool:

@@ -177,7 +177,9 @@ INVARIANCE = [
 @pytest.mark.usefixtures("_threads")
 @pytest.mark.parametrize("nucleus", ["combined", "target"])
 @pytest.mark.parametrize(
-    ("vocab", "dtype"), [(7, torch.float32), (4097, torch.float32), (50257, torch.bfloat16), (128256, torch.float32)], ids=str
+    ("vocab", "dtype"),
+    [(7, torch.float32), (4097, torch.float32), (50257, torch.bfloat16), (128256, torch.float32)],
+    ids=str,
 )
 def test_invariance(vocab: int, dtype: torch.dtype, nucleus: str) -> None:
     case = make_case(vocab, INVARIANCE * 2, pairs=2, dtype=dtype, nucleus=nucleus)
