@@ -70,6 +70,9 @@ class Moved:
         return self.ensemble - self.target
 
 
+HELP = "a real model steered by a real expert pair, side by side"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags, for ``ensemble_decode.cli``."""
     parser.description = (

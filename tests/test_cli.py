@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ensemble_decode.cli import parse_alpha
+from ensemble_decode.cli.common import parse_alpha
 from tests.conftest import Models
 from tests.models.test_loading import with_tokenizer
 

@@ -1,0 +1,62 @@
+"""The command line: ``ensemble-decode COMMAND``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+#: Each command and its module, which has HELP, add_arguments(parser) and run(args) and is cheap to import.
+COMMANDS = {
+    "demo": "ensemble_decode.demo",
+    "generate": "ensemble_decode.cli.generate",
+    "bench": "ensemble_decode.cli.bench",
+}
+
+_EPILOG = """\
+examples:
+  ensemble-decode demo
+      a real model steered by a real expert pair, side by side, in one command
+  ensemble-decode generate "The nurse said that" --pair gender=demo --alpha 1.5
+      steered text from SmolLM2-135M and the pair that comes with the package
+  ensemble-decode generate -m my/model --pair tone=out/expert,out/anti --alpha tone=0.8 -f prompts.txt --json
+      one JSON object a line, for a program to read
+  echo "Once upon a time" | ensemble-decode generate
+      prompts from standard input, one a line
+  ensemble-decode bench --pair gender=demo --batch 1 8 32
+      tokens a second on this machine, plain and steered
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 141
+    except (ValueError, FileNotFoundError) as error:
+        print(f"ensemble-decode: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ensemble-decode",
+        description="Steer a language model while it decodes: the next token is sampled from softmax(z + Σ α(z⁺ − z⁻)), "
+        "where z⁺ and z⁻ are the logits of small expert and anti-expert models.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar=" | ".join(COMMANDS))
+    for name, path in COMMANDS.items():
+        module = importlib.import_module(path)
+        command = commands.add_parser(name, help=module.HELP)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser

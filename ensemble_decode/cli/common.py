@@ -1,0 +1,78 @@
+"""What several commands share: the model and its pairs, and what their flags mean."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ensemble_decode import LLM
+
+SMOLLM2 = "smollm2"
+
+
+class CommandError(ValueError):
+    """Something the user can mend, said in one line."""
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-m", "--model", default=SMOLLM2, help="hub id or folder (default: SmolLM2-135M-Instruct from PyPI)"
+    )
+    parser.add_argument(
+        "-p",
+        "--pair",
+        action="append",
+        default=[],
+        metavar="NAME=EXPERT[,ANTI_EXPERT]",
+        help="an expert pair: models or LoRA adapter folders; NAME=demo is the gender pair of this package; repeatable",
+    )
+    parser.add_argument("--base", help="model under the pairs' LoRA adapters (default: the target)")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default auto)")
+    parser.add_argument("--max-num-seqs", type=int, default=64, help="sequences decoded at once (default 64)")
+    parser.add_argument("--max-model-len", type=int, help="longest sequence, prompt and output (default: the model's)")
+    parser.add_argument("--placement", default="auto", help="where model groups run: auto, sequential or lanes")
+
+
+def parse_alpha(text: str | None) -> float | dict[str, float] | None:
+    """``"1.5"`` or ``"gender=1,race=0.5"``."""
+    if text is None:
+        return None
+    try:
+        if "=" not in text:
+            return float(text)
+        return {name.strip(): float(value) for name, value in (part.split("=", 1) for part in text.split(","))}
+    except ValueError:
+        raise CommandError(f"--alpha is {text!r}, allowed is a number or name=number,name=number") from None
+
+
+def load_model(args: argparse.Namespace) -> LLM:
+    """The model and pairs that the flags of :func:`add_model` name."""
+    from ensemble_decode import LLM, ExpertPair
+    from ensemble_decode.demo import PAIR
+
+    pairs = {}
+    for text in args.pair:
+        name, separator, paths = text.partition("=")
+        if not separator or not name or not paths:
+            raise CommandError(f"--pair is {text!r}, allowed is NAME=EXPERT or NAME=EXPERT,ANTI_EXPERT")
+        if paths == "demo":
+            pairs[name] = ExpertPair(PAIR / "expert", PAIR / "anti_expert")
+            continue
+        sides = paths.split(",")
+        if len(sides) > 2:
+            raise CommandError(f"--pair {name!r} names {len(sides)} folders, allowed are 1 or 2")
+        pairs[name] = ExpertPair(sides[0], sides[1] if len(sides) == 2 else None, base=args.base)
+    model = args.model
+    if model == SMOLLM2:
+        from ensemble_decode.models.smollm2 import smollm2_path
+
+        model = str(smollm2_path())
+    return LLM(
+        model,
+        pairs=pairs,
+        dtype=args.dtype,
+        max_num_seqs=args.max_num_seqs,
+        max_model_len=args.max_model_len,
+        placement=args.placement,
+    )
