@@ -25,7 +25,7 @@ PAIR = Path(__file__).parent.parent / "ensemble_decode" / "data" / "pairs" / "ge
 
 def step_times(llm: LLM, batch: int, context: int, alpha: float, steps: int) -> tuple[list[float], int]:
     """Seconds of ``steps`` decode steps at ``context`` tokens of context, and the KV blocks in use."""
-    params = SamplingParams(alpha=alpha, top_p=0.9, seed=1, max_tokens=steps + 2, ignore_eos=True)
+    params = SamplingParams(alpha=alpha, top_p=0.9, seed=1, max_tokens=steps + 3, ignore_eos=True)
     requests = [llm.engine.add_request(p, params) for p in prompts(batch, context - 2, 49000)]
     while any(not request.sequences[0].output for request in requests):
         llm.engine.step(stream=False)
@@ -47,10 +47,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--context", type=int, nargs="+", default=[128, 1024, 4096])
     parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--most", type=int, default=65536, help="leave out what has more tokens of context in a batch")
     parser.add_argument("--json")
     args = parser.parse_args()
     pair = ExpertPair(PAIR / "expert", PAIR / "anti_expert")
-    needed = max(args.batch) * (max(args.context) + args.steps + 16)
+    needed = max((b * (c + args.steps + 16) for b in args.batch for c in args.context if b * c <= args.most), default=0)
     llm = LLM(
         str(smollm2_path()),
         {"gender": pair},
@@ -81,6 +82,9 @@ def main() -> None:
     rows = []
     for batch in args.batch:
         for context in args.context:
+            if batch * context > args.most:
+                print(f"| {batch} | {context} | – | – | – | – | – |")
+                continue
             plain, _ = step_times(llm, batch, context, 0.0, args.steps)
             steered, used = step_times(llm, batch, context, 1.0, args.steps)
             kv = used * llm.ensemble.bytes_per_block / 1e6

@@ -81,7 +81,7 @@ class Combination:
         dtype, h = h.dtype, h.float()
         for _, steered in sorted(by_pair.items()):  # in one order, whatever the company
             rows = [row for row, _ in steered]
-            alpha = self._upload([item.alpha for _, item in steered]).unsqueeze(1)
+            alpha = self._upload([item.alpha for _, item in steered], dtype=torch.float32).unsqueeze(1)
             change = self._difference(
                 hidden, [self._sides(item, spans[row]) for row, item in steered], [offsets[r] for r in rows]
             )
@@ -114,7 +114,7 @@ class Combination:
         for place, pair in enumerate(used):
             items = [(row, item) for row, row_items in enumerate(steering) for item in row_items if item.pair == pair]
             rows = self._upload([row for row, _ in items])
-            alpha[rows, place] = self._upload([item.alpha for _, item in items])
+            alpha[rows, place] = self._upload([item.alpha for _, item in items], dtype=torch.float32)
             sides = [self._sides(item, spans[row]) for row, item in items]
             at = [offsets[row] for row, _ in items]
             if self.own_heads(pair):

@@ -198,5 +198,5 @@ class Runner:
             upload(query_start, torch.int32),
             upload(context_len, torch.int32),
             upload(table),
-            None if all_outputs else upload(outputs),
+            None if all_outputs else upload(outputs, torch.int64),
         )

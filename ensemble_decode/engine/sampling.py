@@ -75,7 +75,7 @@ class Sampler:
             elif expert is not None:
                 expert = anti = alpha = None
                 combined = True
-        temperature = self._upload([row.temperature for row in part])
+        temperature = self._upload([row.temperature for row in part], dtype=torch.float32)
         sampled = ops.ensemble_sample(
             z,
             expert,
@@ -83,10 +83,10 @@ class Sampler:
             alpha=alpha,
             temperature=temperature,
             top_k=self._upload([row.top_k for row in part], dtype=torch.int32),
-            top_p=self._upload([row.top_p for row in part]),
-            min_p=self._upload([row.min_p for row in part]),
-            seed=self._upload([row.seed for row in part]),
-            position=self._upload([row.position for row in part]),
+            top_p=self._upload([row.top_p for row in part], dtype=torch.float32),
+            min_p=self._upload([row.min_p for row in part], dtype=torch.float32),
+            seed=self._upload([row.seed for row in part], dtype=torch.int64),
+            position=self._upload([row.position for row in part], dtype=torch.int64),
             nucleus=nucleus,
             target_is_combined=combined,
         )

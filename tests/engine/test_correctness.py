@@ -135,6 +135,19 @@ def test_bfloat16_is_batch_invariant_too(models: Models) -> None:
     assert [o.outputs[0].token_ids for o in together] == [o.outputs[0].token_ids for o in alone]
 
 
+def test_a_step_without_logits_and_whole_numbers_as_parameters(models: Models) -> None:
+    """A prompt longer than a step fills steps that need no logits at all; 0 and 1 are as good as 0.0 and 1.0."""
+    pairs, _ = ensemble("llama", "lora", models)
+    small = LLM(models.model("llama"), pairs, dtype="float32", max_num_batched_tokens=16)
+    large = LLM(models.model("llama"), pairs, dtype="float32")
+    prompt = prompts()[3]
+    whole = SamplingParams(temperature=0, alpha=1, top_p=1, min_p=0, max_tokens=6)
+    exact = SamplingParams(temperature=0.0, alpha=1.0, top_p=1.0, min_p=0.0, max_tokens=6)
+    found = [llm.generate(prompt, params, use_tqdm=False)[0] for llm, params in ((small, whole), (large, exact))]
+    assert found[0].outputs[0].token_ids == found[1].outputs[0].token_ids
+    assert found[0].outputs[0].error is None
+
+
 def test_samples_of_one_prompt(models: Models) -> None:
     """n samples share the prompt, differ by seed, and are what each would be by itself."""
     llm = LLM(models.model("llama"), dtype="float32")
