@@ -12,6 +12,7 @@ COMMANDS = {
     "demo": "ensemble_decode.demo",
     "generate": "ensemble_decode.cli.generate",
     "bench": "ensemble_decode.cli.bench",
+    "train": "ensemble_decode.cli.train",
 }
 
 _EPILOG = """\
@@ -26,6 +27,8 @@ examples:
       prompts from standard input, one a line
   ensemble-decode bench --pair gender=demo --batch 1 8 32
       tokens a second on this machine, plain and steered
+  ensemble-decode train out/gender --redditbias data --axis gender
+      an expert pair from RedditBias; --pair gender=out/gender takes it as it is
 """
 
 

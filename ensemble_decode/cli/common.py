@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--pair",
         action="append",
         default=[],
-        metavar="NAME=EXPERT[,ANTI_EXPERT]",
-        help="an expert pair: models or LoRA adapter folders; NAME=demo is the gender pair of this package; repeatable",
+        metavar="NAME=PAIR",
+        help="a pair's folder from ensemble-decode train, or EXPERT[,ANTI_EXPERT]: models or LoRA adapter folders; NAME=demo is the gender pair of this package; repeatable",
     )
     parser.add_argument("--base", help="model under the pairs' LoRA adapters (default: the target)")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default auto)")
@@ -62,6 +63,9 @@ def load_model(args: argparse.Namespace) -> LLM:
         sides = paths.split(",")
         if len(sides) > 2:
             raise CommandError(f"--pair {name!r} names {len(sides)} folders, allowed are 1 or 2")
+        if len(sides) == 1 and Path(paths, "pair.json").is_file():
+            pairs[name] = ExpertPair.from_folder(paths, args.base)
+            continue
         pairs[name] = ExpertPair(sides[0], sides[1] if len(sides) == 2 else None, base=args.base)
     model = args.model
     if model == SMOLLM2:

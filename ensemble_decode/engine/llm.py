@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ class LLM:
     ----------
     model : str
         Hub id or folder of safetensors, any causal LM with full attention that transformers knows.
-    pairs : dict of str to ExpertPair, optional
+    pairs : dict of str to ExpertPair or folder of ``ensemble-decode train``, optional
         What steers it, by name.
     dtype : str or torch.dtype
         "auto" picks what the machine is good at; "float32", "bfloat16", "float16".
@@ -66,7 +67,7 @@ class LLM:
     def __init__(
         self,
         model: str,
-        pairs: Mapping[str, ExpertPair] | None = None,
+        pairs: Mapping[str, ExpertPair | str | PathLike[str]] | None = None,
         *,
         dtype: str | torch.dtype = "auto",
         device: str = "auto",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class Ensemble:
 
 def load_ensemble(
     model: str,
-    pairs: Mapping[str, ExpertPair] | None = None,
+    pairs: Mapping[str, ExpertPair | str | PathLike[str]] | None = None,
     *,
     dtype: str | torch.dtype = "auto",
     device: str = "auto",
@@ -63,14 +64,11 @@ def load_ensemble(
     """
     place = resolve_device(device)
     kind = resolve_dtype(dtype, place)
-    pairs = dict(pairs or {})
-    for name, pair in pairs.items():
-        if not isinstance(pair, ExpertPair):
-            raise ValueError(f"pairs: {name!r} is {pair!r}, an ExpertPair is allowed")
+    named = {name: _as_pair(name, pair) for name, pair in (pairs or {}).items()}
     target = _key(model)
     members: dict[tuple[str, str | None], None] = {(target, None): None}  # (weights, adapter), in order
     sides: dict[str, tuple[tuple[str, str | None], tuple[str, str | None] | None]] = {}
-    for name, pair in pairs.items():
+    for name, pair in named.items():
         base = target if pair.base is None else _key(pair.base)
         expert = (target, None) if pair.expert is None else _member(pair.expert, base)
         anti: tuple[str, str | None] | None = None
@@ -96,9 +94,9 @@ def load_ensemble(
             pool_of[key, adapter] = len(pools)
             pools.append(Pool(number, index))
     vocab_size = _common_vocabulary(groups)
-    layout = _layout(pairs, sides, pool_of, pool_of[target, None], vocab_size, _model_len(groups, max_model_len))
+    layout = _layout(named, sides, pool_of, pool_of[target, None], vocab_size, _model_len(groups, max_model_len))
     main = groups[pools[layout.target_pool].group]
-    return Ensemble(groups, pools, layout, main.tokenizer, *_special_tokens(main), pairs)
+    return Ensemble(groups, pools, layout, main.tokenizer, *_special_tokens(main), named)
 
 
 def _key(path: str) -> str:
@@ -112,6 +110,14 @@ def _member(path: str, base: str) -> tuple[str, str | None]:
     if Path(path).is_dir() and not (Path(path) / "config.json").exists():
         raise ValueError(f"expert {path!r}: neither config.json (a model) nor {CONFIG} (a LoRA adapter) is in it")
     return _key(path), None
+
+
+def _as_pair(name: str, pair: ExpertPair | str | PathLike[str]) -> ExpertPair:
+    if isinstance(pair, str | PathLike) and Path(pair).is_dir():
+        return ExpertPair.from_folder(pair)
+    if not isinstance(pair, ExpertPair):
+        raise ValueError(f"pairs: {name!r} is {pair!r}, an ExpertPair is allowed, or the folder of a trained pair")
+    return pair
 
 
 def _layout(

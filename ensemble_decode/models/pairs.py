@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from os import PathLike, fspath
+from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,32 @@ class ExpertPair:
         put(self, "alpha", float(alpha))
         put(self, "expert_prompt", expert_prompt)
         put(self, "anti_expert_prompt", anti_expert_prompt)
+
+    @classmethod
+    def from_folder(cls, folder: str | PathLike[str], base: str | PathLike[str] | None = None) -> ExpertPair:
+        """A pair as ``ensemble-decode train`` writes it: ``expert/``, ``anti_expert/`` and ``pair.json`` with its α.
+
+        Parameters
+        ----------
+        base : str or path, optional
+            The model under LoRA adapters. Default: the target.
+
+        Raises
+        ------
+        ValueError
+            If the folder is no such pair, for example because its training has not finished.
+        """
+        path = Path(folder)
+        try:
+            alpha = json.loads((path / "pair.json").read_text(encoding="utf-8"))["alpha"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"{str(path)!r} is no pair: a pair.json with alpha is needed (is training done?)"
+            ) from None
+        for side in ("expert", "anti_expert"):
+            if not (path / side).is_dir():
+                raise ValueError(f"{str(path)!r} is no pair: the folder {side} is missing")
+        return cls(path / "expert", path / "anti_expert", base, alpha)
 
     @classmethod
     def from_prompts(cls, expert: str | None = None, anti_expert: str | None = None, alpha: float = 1.0) -> ExpertPair:

@@ -1,0 +1,158 @@
+"""Training a pair of tiny random models on invented lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from ensemble_decode import LLM, ExpertPair, SamplingParams
+from ensemble_decode.experts import texts, training
+from tests.conftest import Models
+from tests.models.test_loading import with_tokenizer
+
+SETTINGS = training.TrainingSettings(
+    rank=2, steps=12, batch_size=4, learning_rate=0.01, evaluate_every=4, patience=9, validation=0.2
+)
+
+
+@pytest.fixture(scope="module")
+def model(models: Models, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(with_tokenizer(models.model("llama"), tmp_path_factory.mktemp("train") / "m", 199))
+
+
+def lines(word: str) -> list[str]:
+    return [f"w{10 + i} w{60 + i} {word} w{110 + i}" for i in range(30)]
+
+
+DATA = texts.PairTexts(lines("w5"), lines("w6"), "invented", "CC0", "tea")
+
+
+def weights(pair: Path) -> dict:
+    return {
+        f"{side}/{name}": value
+        for side in training.SIDES
+        for file in sorted((pair / side).glob("*.safetensors"))
+        for name, value in load_file(file).items()
+    }
+
+
+@pytest.fixture(scope="module")
+def pair(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return training.train_pair(model, DATA, tmp_path_factory.mktemp("pair") / "tea", SETTINGS)
+
+
+def test_a_pair_is_a_folder_that_steers(model: str, pair: Path) -> None:
+    assert sorted(p.name for p in pair.iterdir()) == ["README.md", "anti_expert", "curve.png", "expert", "pair.json"]
+    about = json.loads((pair / "pair.json").read_text())
+    for result in about["results"].values():
+        assert result["nll_after"] < result["nll_before"]
+    llm = LLM(model, {"tea": str(pair)}, dtype="float32")
+    params = [SamplingParams(temperature=0.0, max_tokens=8, alpha=alpha, ignore_eos=True) for alpha in (0.0, 9.0)]
+    plain, steered = (llm.generate(["w11 w61"], p, use_tqdm=False)[0].outputs[0].token_ids for p in params)
+    assert plain != steered
+
+
+def test_card_says_what_it_must_and_none_of_the_data(pair: Path) -> None:
+    card = (pair / "README.md").read_text()
+    for word in ("invented", "CC0", "validation NLL before", "rank 2", "curve.png"):
+        assert word in card
+    assert not any(line in card for line in DATA.expert + DATA.anti_expert)
+    assert (pair / "curve.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_killed_in_the_middle_it_ends_with_the_same_weights(model: str, pair: Path, tmp_path: Path) -> None:
+    files = {}
+    for side, content in DATA.sides.items():
+        files[side] = tmp_path / f"{side}.txt"
+        files[side].write_text("\n".join(content))
+    out = tmp_path / "killed"
+    flags = [
+        "--rank",
+        "2",
+        "--steps",
+        "12",
+        "--batch",
+        "4",
+        "--lr",
+        "0.01",
+        "--evaluate-every",
+        "4",
+        "--patience",
+        "9",
+        "--validation",
+        "0.2",
+        "--quiet",
+    ]
+    source = ["--expert", str(files["expert"]), "--anti-expert", str(files["anti_expert"])]
+    command = [sys.executable, "-m", "ensemble_decode", "train", str(out), "-m", model, *source, *flags]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    state = out / ".training" / "expert" / "checkpoint-4" / "trainer_state.json"
+    deadline = time.monotonic() + 120
+    while not state.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (out / "pair.json").exists()
+    with pytest.raises(ValueError, match="no pair"):
+        ExpertPair.from_folder(out)
+    with pytest.raises(ValueError, match="begun with another"):
+        training.train_pair(model, DATA, out, training.TrainingSettings(rank=3))
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    whole, resumed = weights(pair), weights(out)
+    assert whole.keys() == resumed.keys()
+    assert all(value.equal(resumed[name]) for name, value in whole.items())
+
+
+def test_full_training_and_early_stopping_keep_the_best_step(model: str, tmp_path: Path) -> None:
+    settings = training.TrainingSettings(
+        rank=0, steps=40, batch_size=4, learning_rate=0.3, evaluate_every=2, patience=1, validation=0.2
+    )
+    out = training.train_pair(model, DATA, tmp_path / "full", settings)
+    for result in json.loads((out / "pair.json").read_text())["results"].values():
+        assert result["best_step"] < result["steps"] < 40
+    LLM(model, {"tea": out}, dtype="float32")
+
+
+def test_half_written_checkpoints_are_passed_over(tmp_path: Path) -> None:
+    for step, state in ((4, "{}"), (10, '{"epo')):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert training.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+
+
+def test_a_sentence_and_its_counterfactual_stay_together() -> None:
+    # Every text twice, with different counterparts: chains of three.
+    expert = [f"e{i}" for i in range(40)]
+    anti = [f"a{i // 2}" for i in range(40)]
+    parts = texts.split(texts.PairTexts(expert, anti, "invented", "CC0"), 0.2, 3)
+    held = {line[1:] for line in parts["expert"][1]}
+    assert 6 <= len(held) <= 10
+    assert {f"a{int(i) // 2}" for i in held} == set(parts["anti_expert"][1])
+    assert not set(parts["anti_expert"][0]) & set(parts["anti_expert"][1])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("steps", 0), ("rank", -1), ("learning_rate", 0.0), ("validation", 0.9), ("alpha", float("nan"))],
+)
+def test_settings_out_of_bounds_are_named(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name} is"):
+        training.TrainingSettings(**{name: value})
+
+
+def test_jsonl_errors_name_the_line_and_not_its_text(tmp_path: Path) -> None:
+    good, bad = tmp_path / "good.txt", tmp_path / "bad.jsonl"
+    good.write_text("one\ntwo\n")
+    bad.write_text('{"text": "one"}\n{"words": "secret"}\n')
+    with pytest.raises(ValueError, match=r"line 2 is no object") as error:
+        texts.from_files(good, bad)
+    assert "secret" not in str(error.value)
