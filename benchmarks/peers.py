@@ -58,6 +58,11 @@ def transformers_alone(model: torch.nn.Module) -> Generate:
     return lambda prompts, new: _generate(model, prompts, new, None)
 
 
+def transformers_assisted(model: torch.nn.Module, assistant: torch.nn.Module) -> Generate:
+    """``generate`` with a smaller model that drafts; transformers allows one prompt at a time."""
+    return lambda prompts, new: _generate(model, prompts, new, None, assistant)
+
+
 def transformers_cached_pair(
     model: torch.nn.Module, expert: torch.nn.Module, anti_expert: torch.nn.Module, alpha: float
 ) -> Generate:
@@ -72,7 +77,11 @@ def transformers_cached_pair(
 
 @torch.inference_mode()
 def _generate(
-    model: torch.nn.Module, prompts: list[list[int]], new: int, processors: LogitsProcessorList | None
+    model: torch.nn.Module,
+    prompts: list[list[int]],
+    new: int,
+    processors: LogitsProcessorList | None,
+    assistant: torch.nn.Module | None = None,
 ) -> None:
     ids = torch.tensor(prompts)
     out = model.generate(  # type: ignore[operator]
@@ -86,6 +95,7 @@ def _generate(
         top_k=0,
         pad_token_id=0,
         logits_processor=processors,
+        assistant_model=assistant,
     )
     if out.shape != (len(prompts), len(prompts[0]) + new):
         raise RuntimeError(f"generate returned {tuple(out.shape)}, expected {new} new tokens a row")

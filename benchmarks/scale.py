@@ -47,11 +47,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--context", type=int, nargs="+", default=[128, 1024, 4096])
     parser.add_argument("--steps", type=int, default=9)
-    parser.add_argument("--most", type=int, default=65536, help="leave out what has more tokens of context in a batch")
+    parser.add_argument(
+        "--most-tokens", type=int, default=65536, help="skip batch × context above this (default 65536)"
+    )
     parser.add_argument("--json")
     args = parser.parse_args()
     pair = ExpertPair(PAIR / "expert", PAIR / "anti_expert")
-    needed = max((b * (c + args.steps + 16) for b in args.batch for c in args.context if b * c <= args.most), default=0)
+    settings = [(b, c) for b in args.batch for c in args.context]
+    sizes = [b * (c + args.steps + 16) for b, c in settings if b * c <= args.most_tokens]
+    if not sizes:
+        parser.error(f"--most-tokens is {args.most_tokens}, allowed is {min(b * c for b, c in settings)} or more")
+    needed = max(sizes)
     llm = LLM(
         str(smollm2_path()),
         {"gender": pair},
@@ -80,20 +86,17 @@ def main() -> None:
     print("| batch | context | target alone, ms | steered, ms | ratio | KV in use, MB | resident, MB |")
     print("|---|---|---|---|---|---|---|")
     rows = []
-    for batch in args.batch:
-        for context in args.context:
-            if batch * context > args.most:
-                print(f"| {batch} | {context} | – | – | – | – | – |")
-                continue
-            plain, _ = step_times(llm, batch, context, 0.0, args.steps)
-            steered, used = step_times(llm, batch, context, 1.0, args.steps)
-            kv = used * llm.ensemble.bytes_per_block / 1e6
-            rss = psutil.Process().memory_info().rss / 1e6
-            a, b = statistics.median(plain) * 1e3, statistics.median(steered) * 1e3
-            print(f"| {batch} | {context} | {a:.1f} | {b:.1f} | {b / a:.2f} | {kv:.0f} | {rss:.0f} |", flush=True)
-            rows.append(
-                {"batch": batch, "context": context, "plain_ms": a, "steered_ms": b, "kv_mb": kv, "rss_mb": rss}
-            )
+    for batch, context in settings:
+        if batch * context > args.most_tokens:
+            print(f"| {batch} | {context} | – | – | – | – | – |", flush=True)
+            continue
+        plain, _ = step_times(llm, batch, context, 0.0, args.steps)
+        steered, used = step_times(llm, batch, context, 1.0, args.steps)
+        kv = used * llm.ensemble.bytes_per_block / 1e6
+        rss = psutil.Process().memory_info().rss / 1e6
+        a, b = statistics.median(plain) * 1e3, statistics.median(steered) * 1e3
+        print(f"| {batch} | {context} | {a:.1f} | {b:.1f} | {b / a:.2f} | {kv:.0f} | {rss:.0f} |", flush=True)
+        rows.append({"batch": batch, "context": context, "plain_ms": a, "steered_ms": b, "kv_mb": kv, "rss_mb": rss})
     if args.json:
         Path(args.json).write_text(json.dumps({"settings": vars(args), "rows": rows}, indent=1))
 

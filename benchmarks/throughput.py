@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -169,31 +170,35 @@ def main() -> None:
     systems = {name: run for name, run in systems.items() if wanted(name)}
     times: dict[str, dict[int, list[list[float]]]] = {name: {b: [] for b in args.batch} for name in systems}
     neighbours: dict[str, float] = {}
-    for batch in args.batch:
-        for number in range(args.rounds):
-            # Other tokens every time: nothing that is timed is found in a prefix cache.
-            fresh = [
-                [
-                    [(t + 31 * number + shift) % 49000 + 1 for t in p]
-                    for p in make_prompts(batch, args.prompt_tokens, 49000)
+    try:
+        for batch in args.batch:
+            for number in range(args.rounds):
+                # Other tokens every time: nothing that is timed is found in a prefix cache.
+                fresh = [
+                    [
+                        [(t + 31 * number + shift) % 49000 + 1 for t in p]
+                        for p in make_prompts(batch, args.prompt_tokens, 49000)
+                    ]
+                    for shift in (0, 7, 14)
                 ]
-                for shift in (0, 7, 14)
-            ]
-            for name, run in systems.items():
-                if number == 0:
-                    run(fresh[2][:1], 2)  # warm-up
-                before, start = busy_elsewhere(), time.perf_counter()
-                first = seconds(lambda run=run, ids=fresh[0]: run(ids, 1))  # type: ignore[misc]
-                total = seconds(lambda run=run, ids=fresh[1]: run(ids, args.new_tokens))  # type: ignore[misc]
-                times[name][batch].append([first, total])
-                share = (busy_elsewhere() - before) / (time.perf_counter() - start)
-                if share > 0.05:
-                    neighbours[f"{name}, batch {batch}, round {number + 1}"] = share
-                    print(f"{name}: other processes took {share:.2f} cores meanwhile", file=sys.stderr)
-            print(f"batch {batch}, round {number + 1} of {args.rounds} done", file=sys.stderr)
+                for name, run in systems.items():
+                    if number == 0:
+                        run(fresh[2][:1], 2)  # warm-up
+                    before, start = busy_elsewhere(), time.perf_counter()
+                    first = seconds(lambda run=run, ids=fresh[0]: run(ids, 1))  # type: ignore[misc]
+                    total = seconds(lambda run=run, ids=fresh[1]: run(ids, args.new_tokens))  # type: ignore[misc]
+                    times[name][batch].append([first, total])
+                    share = (busy_elsewhere() - before) / (time.perf_counter() - start)
+                    if share > 0.05:
+                        neighbours[f"{name}, batch {batch}, round {number + 1}"] = share
+                        print(f"{name}: other processes took {share:.2f} cores meanwhile", file=sys.stderr)
+                print(f"batch {batch}, round {number + 1} of {args.rounds} done", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("\nstopped: the report is of the turns that were finished", file=sys.stderr)
     placements = {name: {"used": llm.runner.placement, "measured_s": llm.runner.measured} for name, llm in llms.items()}
     if vllm is not None:
-        vllm.close()
+        with suppress(OSError, subprocess.TimeoutExpired):  # Ctrl-C went to vLLM's process too
+            vllm.close()
     report(times, args, placements, neighbours)
 
 
@@ -211,6 +216,8 @@ def report(
     for name, batches in times.items():
         results[name] = {}
         for batch, rounds in batches.items():
+            if not rounds:
+                continue
             rates = sorted(batch * args.new_tokens / total for _, total in rounds)
             steps = [(total - first) / (args.new_tokens - 1) for first, total in rounds]
             entry = {
@@ -227,7 +234,7 @@ def report(
     goals = []
     for name, other, what, only, bound in GOALS:
         for batch in args.batch:
-            if name not in results or other not in results or only not in (None, batch):
+            if only not in (None, batch) or any(batch not in results.get(system, {}) for system in (name, other)):
                 continue
             key = "tokens_per_s" if what == "rate" else "step_ms"
             found = results[name][batch][key] / results[other][batch][key]
