@@ -1,6 +1,6 @@
-"""Ten thousand requests of every kind through one engine: memory and blocks must not grow. Exit status 1 if they do.
+"""Twenty thousand requests of every kind through one engine: memory and blocks must not grow. Exit status 1 if they do.
 
-    python benchmarks/soak.py --requests 10000 --json soak.json
+    python benchmarks/soak.py --requests 20000 --json soak.json
 
 A random Llama of two layers with a LoRA-free full pair does the work, so that the engine and not the model is what runs. A
 tenth of the requests are aborted in the middle; parameters, lengths and α are mixed; the cache is small enough to preempt.
@@ -63,7 +63,7 @@ def random_request(chance: random.Random) -> tuple[list[int], SamplingParams]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--json")
     args = parser.parse_args()
     chance = random.Random(0)
