@@ -126,3 +126,16 @@ def test_parse_alpha() -> None:
     assert parse_alpha(None) is None
     assert parse_alpha("1.5") == 1.5
     assert parse_alpha("gender=1, race=0.5") == {"gender": 1.0, "race": 0.5}
+
+
+def test_explain(model: str, models: Models, tmp_path: Path) -> None:
+    page, table = tmp_path / "why.html", tmp_path / "why.csv"
+    common = ("explain", "w5 w6", "-m", model, "-p", f"a={models.adapter('llama', 1)},{models.adapter('llama', 2)}")
+    done = run(*common, "--max-tokens", "4", "--html", str(page), "--csv", str(table))
+    assert done.returncode == 0
+    assert "log-odds" in done.stdout
+    assert "\x1b[" not in done.stdout  # not a terminal
+    assert "<!doctype html>" in page.read_text()
+    assert table.read_text().startswith("step,role,token_id")
+    found = json.loads(run(*common, "--max-tokens", "4", "--json").stdout)
+    assert len(found["steps"]) == 4

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "demo": "ensemble_decode.demo",
     "generate": "ensemble_decode.cli.generate",
+    "explain": "ensemble_decode.cli.explain",
     "bench": "ensemble_decode.cli.bench",
     "train": "ensemble_decode.cli.train",
 }
@@ -25,6 +26,8 @@ examples:
       one JSON object a line, for a program to read
   echo "Once upon a time" | ensemble-decode generate
       prompts from standard input, one a line
+  ensemble-decode explain "The nurse said that" --pair gender=demo --html why.html
+      what every pair did to every token, in the terminal and as a page
   ensemble-decode bench --pair gender=demo --batch 1 8 32
       tokens a second on this machine, plain and steered
   ensemble-decode train out/gender --redditbias data --axis gender

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -17,6 +17,9 @@ from ensemble_decode.engine.runner import Runner
 from ensemble_decode.models.ensemble import Ensemble, load_ensemble
 from ensemble_decode.models.pairs import ExpertPair
 from ensemble_decode.ops.paged_attention import BLOCK_SIZE
+
+if TYPE_CHECKING:
+    from ensemble_decode.explain.explanation import Explanation
 
 _DEFAULT_KV_BYTES = 2 << 30
 
@@ -183,6 +186,34 @@ class LLM:
         listed = _as_list(texts)
         outputs = self._run([(text, params, True) for text in listed], "score", use_tqdm)
         return [_score(output) for output in outputs]
+
+    def explain(self, prompt: Prompt, params: SamplingParams | None = None, *, top: int = 5) -> Explanation:
+        """Continue a prompt and say what every pair did to every token.
+
+        The text is the one that :meth:`generate` gives. Then one chunked pass over it gives the scores of every member at
+        every position; the decode path is not touched.
+
+        Parameters
+        ----------
+        prompt : str, list of int or dict
+            One prompt, as in :meth:`generate`.
+        params : SamplingParams, optional
+            ``n`` must be 1.
+        top : int
+            How many of the tokens that were raised most, and lowered most, are listed at each step.
+
+        Returns
+        -------
+        Explanation
+
+        Raises
+        ------
+        ValueError
+            What :meth:`generate` refuses, ``n`` above 1, or a request that failed while it ran.
+        """
+        from ensemble_decode.explain.analysis import explain  # a user of LLM, so not imported above
+
+        return explain(self, prompt, params or SamplingParams(), top)
 
     def _run(self, work: list[tuple[Prompt, SamplingParams, bool]], verb: str, use_tqdm: bool) -> list[RequestOutput]:
         engine = self.engine

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from ensemble_decode.engine.batch import BLOCK_SIZE, Batch, Span, StepOutput
+from ensemble_decode.engine.batch import BLOCK_SIZE, Batch, Span, Steering, StepOutput
 from ensemble_decode.engine.combination import Combination, Hidden
 from ensemble_decode.engine.device import Device, StreamDevice, device_of
 from ensemble_decode.engine.graphs import DecodeGraphs
@@ -141,6 +141,32 @@ class Runner:
         self.timings["sample"] += time.perf_counter() - forwarded
         self.timings["steps"] += 1
         return output
+
+    @torch.inference_mode()
+    def parts(self, spans: list[Span], steering: tuple[Steering, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the target and each pair say at the outputs of the first span: the scores before they are combined.
+
+        Every span computes as many outputs as the first one, or none; without outputs this only fills the cache.
+
+        Returns
+        -------
+        z : float32 [T, V]
+        differences : float32 [P, T, V]
+            z⁺ − z⁻ of ``steering``'s pairs in the order of their indices; 0 where it is not finite.
+        """
+        with self.device.on(MAIN):
+            hidden = self._forward(spans, self._lanes)
+            count = spans[0].outputs
+            size = self.layout.vocab_size
+            if count == 0:
+                return torch.empty(0, size), torch.empty(len(steering), 0, size)
+            z, expert, anti, _ = self._sampler.combination.scores(
+                hidden, [0] * count, [steering] * count, list(range(count))
+            )
+            if expert is None:
+                return z.float(), z.new_empty(0, count, size, dtype=torch.float32)
+            difference = expert if anti is None else expert - anti
+            return z.float(), torch.where(difference.isfinite(), difference, 0.0)
 
     def _forward(self, spans: list[Span], lanes: Lanes | StreamLanes) -> Hidden:
         first: dict[tuple[int, int], int] = {}

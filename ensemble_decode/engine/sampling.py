@@ -66,7 +66,7 @@ class Sampler:
         combined = combine and any(steering)
         if any(row.edits is not None for row in part):
             z = z.clone() if expert is None else ops.combine(z, expert, anti, alpha)
-            _apply_edits(z, [row.edits for row in part], self._upload)
+            apply_edits(z, [row.edits for row in part], self._upload)
             if expert is not None and nucleus == "target":
                 # The kept set is the target's, the scores are the edited combination: hand over their difference.
                 # A banned token's difference is not finite and would count as 0, so z itself is banned.
@@ -123,7 +123,7 @@ class Sampler:
         return out
 
 
-def _apply_edits(scores: torch.Tensor, edits: list[Edits | None], upload: Callable[..., torch.Tensor]) -> None:
+def apply_edits(scores: torch.Tensor, edits: list[Edits | None], upload: Callable[..., torch.Tensor]) -> None:
     """Change combined scores [B, V] in place: logit bias, bans, then penalties (vLLM's order and formulas)."""
     for row, edit in zip(scores, edits, strict=True):
         if edit is None:
