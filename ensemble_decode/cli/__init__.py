@@ -12,6 +12,7 @@ COMMANDS = {
     "demo": "ensemble_decode.demo",
     "generate": "ensemble_decode.cli.generate",
     "explain": "ensemble_decode.cli.explain",
+    "lm-eval": "ensemble_decode.cli.lm_eval",
     "bench": "ensemble_decode.cli.bench",
     "train": "ensemble_decode.cli.train",
 }

@@ -286,7 +286,9 @@ def _score(output: RequestOutput) -> Score:
     entries = output.prompt_logprobs or [None]
     logprobs: list[float | None] = []
     target: list[float | None] = []
+    ranks: list[int | None] = []
     for token, entry in zip(output.prompt_token_ids, entries, strict=True):
         logprobs.append(None if entry is None else entry[token].logprob)
         target.append(None if entry is None else entry[token].target_logprob)
-    return Score(output.prompt, output.prompt_token_ids, logprobs, target)
+        ranks.append(None if entry is None else entry[token].rank)
+    return Score(output.prompt, output.prompt_token_ids, logprobs, target, ranks)

@@ -63,12 +63,16 @@ class RequestOutput:
 
 @dataclass(slots=True)
 class Score:
-    """Per-token log-probabilities of a text. The first token has none where nothing comes before it."""
+    """Per-token log-probabilities of a text. The first token has none where nothing comes before it.
+
+    ``ranks`` are the tokens' ranks under the ensemble, from 1.
+    """
 
     text: str | None
     token_ids: list[int]
     logprobs: list[float | None]
     target_logprobs: list[float | None] = field(default_factory=list)
+    ranks: list[int | None] = field(default_factory=list)
 
     @property
     def total(self) -> float:

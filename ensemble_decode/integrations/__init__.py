@@ -1,0 +1,1 @@
+"""The ensemble in other people's programs."""
