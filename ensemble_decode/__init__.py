@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ensemble_decode.engine.outputs import RequestOutput as RequestOutput
     from ensemble_decode.engine.outputs import Score as Score
     from ensemble_decode.engine.params import SamplingParams as SamplingParams
+    from ensemble_decode.engine.speculation import Speculation as Speculation
     from ensemble_decode.models.pairs import ExpertPair as ExpertPair
 
 __version__ = "0.1.0"
@@ -25,8 +26,19 @@ _HOMES = {
     "CompletionOutput": "engine.outputs",
     "Logprob": "engine.outputs",
     "Score": "engine.outputs",
+    "Speculation": "engine.speculation",
 }
-__all__ = ["LLM", "AsyncLLM", "CompletionOutput", "ExpertPair", "Logprob", "RequestOutput", "SamplingParams", "Score"]
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "CompletionOutput",
+    "ExpertPair",
+    "Logprob",
+    "RequestOutput",
+    "SamplingParams",
+    "Score",
+    "Speculation",
+]
 
 
 def __getattr__(name: str) -> Any:

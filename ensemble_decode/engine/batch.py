@@ -70,7 +70,10 @@ class Edits:
 
 @dataclass(slots=True)
 class SampleRow:
-    """One token to sample, from the last output of span ``span`` (view 0 of its sequence)."""
+    """One token to sample, from output ``output`` of span ``span`` (view 0 of its sequence) and of its steering's spans.
+
+    ``pool`` set: from that pool's own logits, without steering; so a draft is sampled.
+    """
 
     span: int
     steering: tuple[Steering, ...]
@@ -83,6 +86,8 @@ class SampleRow:
     position: int
     logprobs: int = -1  # -1: none; k ≥ 0: the sampled token's and the k best
     edits: Edits | None = None
+    output: int = -1  # counted among the span's outputs; -1: the last
+    pool: int | None = None
 
 
 @dataclass(slots=True)
@@ -103,6 +108,7 @@ class Batch:
     samples: list[SampleRow]
     scores: list[ScoreRow] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)  # (source block, destination block), in every pool
+    drafts: bool = False  # some span is computed by a pool that only drafts: not a step for a captured graph
 
     @property
     def num_tokens(self) -> int:

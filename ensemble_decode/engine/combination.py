@@ -130,6 +130,12 @@ class Combination:
                 expert[place, rows] = difference_logits(group, change)[:, :size]
         return z, expert, anti, alpha
 
+    def pool_logits(self, hidden: Hidden, pool: int, spans: list[int], offsets: list[int]) -> torch.Tensor:
+        """Logits [rows, V] of one pool by itself, in whatever group: what a draft is sampled from."""
+        logits = self._side_logits(hidden, [(span, pool) for span in spans], offsets)
+        missing = self.layout.vocab_size - logits.shape[1]  # a draft model's head may be padded less than the target's
+        return torch.nn.functional.pad(logits, (0, missing), value=float("-inf")) if missing else logits
+
     def own_heads(self, index: int) -> bool:
         """Whether the two sides of a pair end in heads of their own."""
         pair, pools = self.layout.pairs[index], self.ensemble.pools

@@ -16,6 +16,7 @@ from ensemble_decode.engine.outputs import CompletionOutput, Logprob, RequestMet
 from ensemble_decode.engine.params import SamplingParams
 from ensemble_decode.engine.request import ActivePair, Request, Sequence, View
 from ensemble_decode.engine.scheduler import Scheduler
+from ensemble_decode.engine.speculation import Speculator
 from ensemble_decode.models.layout import Layout
 
 Prompt = str | list[int] | Mapping[str, Any]
@@ -41,6 +42,8 @@ class Engine:
         None: prompts must be token ids and outputs have no text.
     seed : int
         Where the seeds of requests that bring none come from.
+    speculator : Speculator, optional
+        Drafts tokens for the steps to verify; None: a step gives one token a sequence.
     """
 
     def __init__(
@@ -55,9 +58,11 @@ class Engine:
         max_num_batched_tokens: int = 512,
         enable_prefix_caching: bool = True,
         seed: int = 0,
+        speculator: Speculator | None = None,
     ) -> None:
         self.layout = layout
         self.runner = runner
+        self.speculator = speculator
         self.tokenizer = tokenizer
         self.blocks = BlockManager(num_blocks, enable_prefix_caching)
         self.scheduler = Scheduler(layout, self.blocks, max_num_seqs, max_num_batched_tokens, eos_token_ids)
@@ -121,6 +126,8 @@ class Engine:
         if score_only and len(tokens) > 1:
             views[0].tokens = tokens[:-1]  # nothing is asked of the last one
         request.sequences.append(Sequence(request, 0, views))
+        if self.speculator is not None:
+            self.speculator.assign(request)
         self.scheduler.check(request)
         return request
 
@@ -241,10 +248,14 @@ class Engine:
     def step(self, stream: bool = True) -> list[RequestOutput]:
         """One step of everything that runs. Returns the requests that went on (or only those that ended, without ``stream``)."""
         start = time.perf_counter()
+        if self.speculator is not None:
+            self.speculator.propose(self.scheduler, self.runner.execute)
         batch = self.scheduler.schedule()
         if not batch.spans:
             return []
+        begun = time.perf_counter()
         output = self.runner.execute(batch)
+        seconds = time.perf_counter() - begun
         changed = self.scheduler.update(output)
         now = time.perf_counter()
         outputs: list[RequestOutput] = []
@@ -256,6 +267,8 @@ class Engine:
             if stream or request.params.stops:
                 self._read(sequence)
             touched[request.request_id] = request
+        if self.speculator is not None:
+            self.speculator.observe(batch, seconds, self.scheduler.taken)
         for request in touched.values():
             if request.finished:
                 outputs.append(self._close(request))
@@ -270,6 +283,11 @@ class Engine:
         """Seconds so far: ``total`` of all steps, ``forward`` and ``sample`` of them; and the number of ``steps``."""
         return {**self.runner.timings, **self._seconds}
 
+    @property
+    def stats(self) -> dict[str, float]:
+        """:attr:`timings`, and with speculation its statistics."""
+        return {**self.timings, **({} if self.speculator is None else self.speculator.statistics)}
+
     def _read(self, sequence: Sequence) -> None:
         """Bring a sequence's text up to date, and end the sequence where a stop string is met."""
         if self.tokenizer is None:
@@ -283,14 +301,22 @@ class Engine:
                 params.stops,
                 params.include_stop_str_in_output,
             )
-        new = sequence.output[reader.pushed : self._text_end(sequence)]
-        met = reader.push(new, may_stop=len(sequence.output) >= params.min_tokens)
+        met = None
+        for token in sequence.output[reader.pushed : self._text_end(sequence)]:
+            met = reader.push([token], may_stop=reader.pushed + 1 >= params.min_tokens)
+            if met is not None:
+                break
         if met is None and sequence.finish_reason == "length":
             met = reader.flush()
         if met is not None:
-            if sequence.finish_reason in (None, "length"):
+            # Of several new tokens, those after the one that completes the stop string were never asked for, nor was what
+            # came of them: an end-of-text token or an invalid row.
+            beyond = sequence.cut(reader.pushed)
+            if beyond:
+                self.scheduler.taken[sequence].cut(beyond)
+            if beyond or sequence.finish_reason in (None, "length", "error"):
                 self.scheduler.finish(sequence, "stop", met)
-                sequence.finish_reason, sequence.stop_reason = "stop", met
+                sequence.finish_reason, sequence.stop_reason, sequence.error = "stop", met, None
             sequence.text = reader.text
 
     def _decoder(self, params: SamplingParams) -> Decode:

@@ -14,6 +14,7 @@ from ensemble_decode.engine.lanes import Placement
 from ensemble_decode.engine.outputs import RequestOutput, Score
 from ensemble_decode.engine.params import SamplingParams
 from ensemble_decode.engine.runner import Runner
+from ensemble_decode.engine.speculation import Speculation, Speculator
 from ensemble_decode.models.ensemble import Ensemble, load_ensemble
 from ensemble_decode.models.pairs import ExpertPair
 from ensemble_decode.ops.paged_attention import BLOCK_SIZE
@@ -44,8 +45,8 @@ class LLM:
     kv_cache_bytes : int, optional
         Memory for keys and values of all models. Default: room for ``max_num_seqs`` sequences of ``max_model_len``, at
         most 2 GiB and a quarter of the memory that is free.
-    speculation : None
-        Not available yet.
+    speculation : Speculation, optional
+        Draft tokens and verify several in one step; the text stays the same.
     seed : int
         Where the seeds of requests that bring none come from.
     max_num_batched_tokens : int
@@ -77,14 +78,14 @@ class LLM:
         max_num_seqs: int = 64,
         max_model_len: int | None = None,
         kv_cache_bytes: int | None = None,
-        speculation: None = None,
+        speculation: Speculation | None = None,
         seed: int = 0,
         max_num_batched_tokens: int = 512,
         enable_prefix_caching: bool = True,
         placement: Placement = "auto",
     ) -> None:
-        if speculation is not None:
-            raise ValueError(f"speculation is {speculation!r}, allowed is None (it does not exist yet)")
+        if speculation is not None and not isinstance(speculation, Speculation):
+            raise ValueError(f"speculation is {speculation!r}, allowed are None and a Speculation")
         for name, value in (("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", max_num_batched_tokens)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}, allowed is 1 or more")
@@ -92,9 +93,15 @@ class LLM:
             raise ValueError(f"seed is {seed!r}, allowed is an integer")
         if not isinstance(enable_prefix_caching, bool):
             raise ValueError(f"enable_prefix_caching is {enable_prefix_caching!r}, allowed are True and False")
-        self.ensemble = load_ensemble(str(model), pairs, dtype=dtype, device=device, max_model_len=max_model_len)
+        draft = None if speculation is None else speculation.model
+        self.ensemble = load_ensemble(
+            str(model), pairs, dtype=dtype, device=device, max_model_len=max_model_len, draft=draft
+        )
         blocks = _num_blocks(self.ensemble, kv_cache_bytes, max_num_seqs)
         self.runner = Runner(self.ensemble, blocks, placement)
+        speculator = None
+        if speculation is not None:
+            speculator = Speculator.measured(speculation, self.ensemble.layout, self.runner.execute, max_num_seqs)
         self.engine = Engine(
             self.ensemble.layout,
             self.runner,
@@ -105,7 +112,13 @@ class LLM:
             max_num_batched_tokens=max_num_batched_tokens,
             enable_prefix_caching=enable_prefix_caching,
             seed=seed,
+            speculator=speculator,
         )
+
+    @property
+    def stats(self) -> dict[str, float]:
+        """Seconds and steps so far, and with speculation what was drafted, accepted and saved; see ``docs/speculation.md``."""
+        return self.engine.stats
 
     @property
     def tokenizer(self) -> Any | None:

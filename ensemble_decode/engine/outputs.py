@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -45,6 +46,23 @@ class RequestMetrics:
     finished: float | None = None
     cached_tokens: int = 0
     preemptions: int = 0
+    #: With speculation: forwards that gave new tokens of this request, the tokens they gave, and drafted tokens of them.
+    target_forwards: int = 0
+    new_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    #: Seconds that speculation saved (lost, where negative), estimated from measured step times.
+    saved_seconds: float = 0.0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted drafted tokens as a share of all drafted; NaN where none were."""
+        return self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else math.nan
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """New tokens a target forward; 1 without speculation, NaN before the first."""
+        return self.new_tokens / self.target_forwards if self.target_forwards else math.nan
 
 
 @dataclass(slots=True)

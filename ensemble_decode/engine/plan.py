@@ -254,7 +254,7 @@ def bucket_of(batch: Batch, joins: Sequence[bool], rows: Sequence[int], blocks: 
     A batch is served if it only decodes: every span is one token with one output, belongs to one sample row, and no row
     wants edits, log-probabilities or scores. ``joins[i]``: pair i can be combined before the target's head.
     """
-    if batch.scores or not batch.samples or len(batch.samples) > rows[-1]:
+    if batch.drafts or batch.scores or not batch.samples or len(batch.samples) > rows[-1]:
         return None
     longest = 0
     for span in batch.spans:

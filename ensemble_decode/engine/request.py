@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ensemble_decode.engine.batch import Edits, Steering, TokenLogprobs
+from ensemble_decode.engine.batch import Edits, SampleRow, Steering, TokenLogprobs
+from ensemble_decode.engine.drafting import Acceptance, NgramIndex
 from ensemble_decode.engine.outputs import FinishReason, RequestMetrics
 from ensemble_decode.engine.params import SamplingParams, sample_seed
+from ensemble_decode.ops.paged_attention import BLOCK_SIZE
 
 
 @dataclass(slots=True)
@@ -14,7 +16,8 @@ class View:
     """One token sequence that some pools compute: a prompt, followed by the generated tokens.
 
     ``computed`` tokens from the start have their keys and values in the cache, ``registered`` full blocks are known to the
-    block manager by content.
+    block manager by content. Where a pool of ``pools`` only drafts it is ``draft_pool``: it computes prompts with the
+    others, is left out while decoding, and holds the first ``drafted`` tokens.
     """
 
     tokens: list[int]
@@ -22,14 +25,31 @@ class View:
     table: list[int] = field(default_factory=list)
     computed: int = 0
     registered: int = 0
+    draft_pool: int | None = None
+    drafted: int = 0
 
     @property
     def pending(self) -> int:
         return len(self.tokens) - self.computed
 
+    @property
+    def decode_pools(self) -> tuple[int, ...]:
+        return tuple(pool for pool in self.pools if pool != self.draft_pool)
+
+    @property
+    def full_blocks(self) -> int:
+        """Blocks that are full and computed in every pool."""
+        known = self.computed if self.draft_pool is None else min(self.computed, self.drafted)
+        return min(known // BLOCK_SIZE, len(self.table))
+
+    def hold(self, tokens: int) -> None:
+        """The first ``tokens`` tokens are in the cache, in every pool."""
+        self.computed = self.drafted = tokens
+
     def forget(self) -> None:
         """Nothing of it is in the cache any more."""
-        self.computed = self.registered = 0
+        self.hold(0)
+        self.registered = 0
 
 
 @dataclass(slots=True)
@@ -56,6 +76,9 @@ class Sequence:
     stop_reason: int | str | None = None
     error: str | None = None
     text: str | None = None  # final text, once a stop string has cut it
+    draft: list[int] = field(default_factory=list)  # proposed to follow, in the next step
+    acceptance: Acceptance | None = None
+    ngrams: NgramIndex | None = None
 
     @property
     def seed(self) -> int:
@@ -84,24 +107,68 @@ class Sequence:
             for p in self.request.pairs
         )
 
-    def edits(self, eos: tuple[int, ...]) -> Edits | None:
+    def cut(self, tokens: int) -> int:
+        """End the output after ``tokens`` tokens; returns how many were cut off. Only for a sequence that is over."""
+        beyond = len(self.output) - tokens
+        if beyond:
+            del self.output[tokens:], self.logprobs[tokens:]
+            for view in self.views:
+                del view.tokens[-beyond:]
+        return beyond
+
+    def sample_row(
+        self,
+        first_span: int,
+        steering: tuple[Steering, ...],
+        eos: tuple[int, ...],
+        vocab_size: int,
+        draft: list[int],
+        *,
+        output: int = -1,
+        pool: int | None = None,
+    ) -> SampleRow:
+        """The row that samples the token after ``draft``; from ``pool`` alone where that drafts."""
+        params = self.request.params
+        return SampleRow(
+            first_span,
+            steering,
+            params.temperature,
+            min(max(params.top_k, 0), vocab_size),
+            params.top_p,
+            params.min_p,
+            params.nucleus if pool is None else "combined",
+            self.seed,
+            len(self.views[0].tokens) + len(draft),
+            -1 if params.logprobs is None or pool is not None else params.logprobs,
+            self.edits(eos, draft),
+            output,
+            pool,
+        )
+
+    def edits(self, eos: tuple[int, ...], draft: list[int]) -> Edits | None:
+        """Changes to the scores of the token after ``draft``, as if its tokens had been sampled."""
         params = self.request.params
         if not params.has_edits:
             return None
         banned: tuple[int, ...] = ()
-        if len(self.output) < params.min_tokens:
+        if len(self.output) + len(draft) < params.min_tokens:
             banned = (() if params.ignore_eos else eos) + tuple(params.stop_token_ids or ())
         if not banned and not params.has_penalties:
             return None  # min_tokens has been reached: this row is a plain one from here on
+        counts = self.counts
+        if draft:
+            counts = dict(counts)
+            for token in draft:
+                counts[token] = counts.get(token, 0) + 1
         seen: list[int] = []
         if params.repetition_penalty != 1.0:
-            seen = list(self.request.prompt_set | self.counts.keys())
+            seen = list(self.request.prompt_set | counts.keys())
         return Edits(
             params.repetition_penalty,
             params.presence_penalty,
             params.frequency_penalty,
             seen,
-            self.counts,
+            counts,
             params.logit_bias or {},
             banned,
         )
@@ -122,6 +189,8 @@ class Request:
     sequences: list[Sequence] = field(default_factory=list)
     prompt_scores: list[TokenLogprobs] = field(default_factory=list)
     prompt_set: set[int] = field(default_factory=set)
+    draft_pool: int | None = None  # the model that drafts, and which view it sees
+    draft_view: int = 0
 
     @property
     def scores_prompt(self) -> bool:

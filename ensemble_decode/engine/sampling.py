@@ -28,10 +28,14 @@ class Sampler:
         output = StepOutput([-1] * len(rows), [None] * len(rows))
         plain: list[int] = []  # the combination is all that anyone asks for
         whole: list[int] = []  # z is needed by itself
+        drafts: dict[int, list[int]] = {}  # by the pool whose logits they come from
         for index, row in enumerate(rows):
+            if row.pool is not None:
+                drafts.setdefault(row.pool, []).append(index)
+                continue
             needs_target = row.steering and (row.nucleus == "target" or row.logprobs >= 0)
             (whole if needs_target or not self.combination.combines_hidden(row.steering) else plain).append(index)
-        for indices, combine in ((plain, True), (whole, False)):
+        for indices, combine in ((plain, True), (whole, False), *((part, True) for part in drafts.values())):
             # Two samplers for the two nuclei: one call each, since "nucleus" is not a parameter of a row.
             for nucleus, part in itertools.groupby(
                 sorted(indices, key=lambda i: rows[i].nucleus), lambda i: rows[i].nucleus
@@ -53,10 +57,12 @@ class Sampler:
         at, steering, offsets = (
             [row.span for row in part],
             [row.steering for row in part],
-            [spans[row.span].outputs - 1 for row in part],
+            [spans[row.span].outputs - 1 if row.output < 0 else row.output for row in part],
         )
         expert = anti = alpha = None
-        if combine:
+        if part[0].pool is not None:
+            z = self.combination.pool_logits(hidden, part[0].pool, at, offsets)
+        elif combine:
             z = self.ensemble.target.logits(self.combination.combined_hidden(hidden, at, steering, offsets))[
                 :, : self.ensemble.layout.vocab_size
             ]

@@ -8,11 +8,12 @@ only, so nothing of its text changes.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ensemble_decode.engine.batch import Batch, SampleRow, ScoreRow, Span, StepOutput
+from ensemble_decode.engine.batch import Batch, ScoreRow, Span, StepOutput, TokenLogprobs
 from ensemble_decode.engine.block_manager import BlockManager, OutOfBlocks
 from ensemble_decode.engine.request import Request, Sequence, View
 from ensemble_decode.models.layout import Layout
@@ -25,6 +26,20 @@ class _Chunk:
 
     sequence: Sequence
     scores: bool  # whether a row of the batch scores part of its prompt
+
+
+@dataclass(slots=True)
+class Taken:
+    """What a step gave one sequence: ``new`` tokens, the first ``accepted`` of them out of ``drafted``."""
+
+    drafted: int
+    accepted: int
+    new: int
+
+    def cut(self, tokens: int) -> None:
+        """The last ``tokens`` of the new ones lie beyond the sequence's end."""
+        self.new -= tokens
+        self.accepted = min(self.accepted, self.new)
 
 
 class Scheduler:
@@ -59,7 +74,9 @@ class Scheduler:
         self.running: list[Sequence] = []
         self._copies: list[tuple[int, int]] = []
         self._chunks: list[_Chunk] = []
-        self._sampled: list[Sequence] = []
+        self._sampled: list[tuple[Sequence, int]] = []  # with how many rows
+        #: What the last step gave, by sequence.
+        self.taken: dict[Sequence, Taken] = {}
         self._taken: set[int] = set()  # sequences in the step under way: their blocks are not for taking
         self._late: list[Sequence] = []  # samples that get their first token in this step and then wait
 
@@ -113,8 +130,7 @@ class Scheduler:
     # ── a step ──────────────────────────────────────────────────────────────────────────────────────────────────────
     def schedule(self) -> Batch:
         """The next step's work. Empty (no spans) only when nothing is waiting or running."""
-        batch = Batch([], [])
-        batch.copies, self._copies = self._copies, []  # asked for by the forks of the step before, computed since
+        batch = Batch([], [], copies=self.take_copies())
         self._chunks, self._sampled = [], []
         self._taken.clear()
         budget = self.max_num_batched_tokens
@@ -156,20 +172,42 @@ class Scheduler:
             if request.score_only and chunk.sequence.pending == 0:
                 self.finish(chunk.sequence, "stop")
                 changed.append(chunk.sequence)
-        for sequence, token, entry in zip(self._sampled, output.tokens, output.logprobs, strict=True):
-            if sequence.finished:
-                continue
-            changed.append(sequence)
-            if token < 0:
-                self.finish(sequence, "error", error=self._invalid(sequence))
-                continue
-            sequence.append(token)
-            if entry is not None:
-                sequence.logprobs.append(entry)
-            self._stop(sequence, token)
+        self.taken = {}
+        answers = zip(output.tokens, output.logprobs, strict=True)
+        for sequence, rows in self._sampled:
+            answer = list(itertools.islice(answers, rows))
+            if not sequence.finished:
+                changed.append(sequence)
+                self._take(sequence, answer)
         self.waiting.extendleft(reversed([s for s in self._late if not s.finished]))
         self._late = []
         return changed
+
+    def take_copies(self) -> list[tuple[int, int]]:
+        """Blocks to copy before anything else is computed, asked for by the forks of the step before."""
+        copies, self._copies = self._copies, []
+        return copies
+
+    # ── drafts ──────────────────────────────────────────────────────────────────────────────────────────────────────
+    def decoding(self) -> list[Sequence]:
+        """Sequences whose next step may verify a draft: those that have a first token and nothing else to compute."""
+        return [s for s in self.running if s.output and s.pending == len(s.views)]
+
+    def draft_room(self, sequence: Sequence) -> int:
+        """Tokens that may be drafted: a step gives one more than it verifies."""
+        longest = max(len(view.tokens) for view in sequence.views)
+        left = sequence.request.params.max_tokens - len(sequence.output)
+        return min(left, self.layout.max_model_len - longest) - 1
+
+    def reserve_draft(self, sequence: Sequence, depth: int) -> bool:
+        """Blocks for a draft, if they are free and every running sequence still finds one for each view."""
+        needs = [self.blocks.blocks_for(view.computed + 1 + depth) - len(view.table) for view in sequence.views]
+        spare = self.blocks.num_free - sum(len(s.views) for s in self.running)
+        if sum(n for n in needs if n > 0) > max(spare, 0):
+            return False
+        for view, count in zip(sequence.views, needs, strict=True):
+            view.table += [self.blocks.allocate() for _ in range(count)]
+        return True
 
     # ── details ─────────────────────────────────────────────────────────────────────────────────────────────────────
     def _portion(self, sequence: Sequence, budget: int) -> list[int] | None:
@@ -194,7 +232,7 @@ class Scheduler:
             if not view.table and not request.scores_prompt:
                 view.table = self.blocks.match(view.tokens, view.pools)
                 view.registered = len(view.table)
-                view.computed = view.registered * BLOCK_SIZE
+                view.hold(view.registered * BLOCK_SIZE)
         missing = sum(self.blocks.blocks_for(len(view.tokens)) - len(view.table) for view in sequence.views)
         if missing <= self.blocks.num_free:
             request.metrics.cached_tokens += sum(view.computed for view in sequence.views)
@@ -225,13 +263,15 @@ class Scheduler:
         self.waiting.appendleft(sequence)
 
     def _release(self, sequence: Sequence) -> None:
+        sequence.draft = []
         for view in sequence.views:
             self.blocks.release(view.table)
             view.forget()
 
     def _add(self, batch: Batch, sequence: Sequence, counts: list[int]) -> int:
         """Put a sequence's spans, and the rows that come of them, into the batch."""
-        request, first = sequence.request, len(batch.spans)
+        request, first, draft = sequence.request, len(batch.spans), sequence.draft
+        decodes = bool(sequence.output) and sequence.pending == len(sequence.views)
         self._taken.add(id(sequence))
         complete = True
         for view, count in zip(sequence.views, counts, strict=True):
@@ -241,8 +281,13 @@ class Scheduler:
             if count == 0:
                 continue  # the budget ended before this view; the spans of an incomplete chunk are not referred to
             tokens = view.tokens[-1:] if last and count == 1 else view.tokens[start:end]
-            batch.spans.append(Span(tokens, start, view.table, view.pools, 1 if last else 0))
-            view.computed = end
+            pools = view.decode_pools if decodes else view.pools
+            batch.drafts |= view.draft_pool in pools
+            batch.spans.append(Span(tokens + draft, start, view.table, pools, 1 + len(draft) if last else 0))
+            if decodes:
+                view.computed = end  # what is drafted counts once it is accepted
+            else:
+                view.hold(end)
         samples = complete and not request.score_only
         scores = request.scores_prompt and not sequence.output
         if scores:
@@ -253,7 +298,7 @@ class Scheduler:
         self._chunks.append(_Chunk(sequence, scores))
         if samples:
             self._sample(batch, sequence, first)
-        return sum(counts)
+        return sum(counts) + len(draft) * len(counts)
 
     def _score(self, batch: Batch, sequence: Sequence, first: int, count: int) -> None:
         request, span = sequence.request, batch.spans[first]
@@ -267,31 +312,17 @@ class Scheduler:
         rows = [sequence]
         if not sequence.output and sequence.index == 0 and params.n > 1 and len(request.sequences) == 1:
             rows += self._fork(sequence)
-        position = len(sequence.views[0].tokens)
-        steering = sequence.steering(first)
-        logprobs = -1 if params.logprobs is None else params.logprobs
+        steering, size = sequence.steering(first), self.layout.vocab_size
         for row in rows:
-            batch.samples.append(
-                SampleRow(
-                    first,
-                    steering,
-                    params.temperature,
-                    min(max(params.top_k, 0), self.layout.vocab_size),
-                    params.top_p,
-                    params.min_p,
-                    params.nucleus,
-                    row.seed,
-                    position,
-                    logprobs,
-                    row.edits(self.eos),
-                )
-            )
-            self._sampled.append(row)
+            for i in range(len(row.draft)):
+                batch.samples.append(row.sample_row(first, steering, self.eos, size, row.draft[:i], output=i))
+            batch.samples.append(row.sample_row(first, steering, self.eos, size, row.draft))
+            self._sampled.append((row, 1 + len(row.draft)))
 
     def _fork(self, leader: Sequence) -> Iterator[Sequence]:
         """The other samples of a prompt that is computed in this step. Each shares the prompt's full blocks."""
         for index in range(1, leader.request.params.n):
-            views = [View(list(view.tokens), view.pools) for view in leader.views]
+            views = [View(list(view.tokens), view.pools, draft_pool=view.draft_pool) for view in leader.views]
             sequence = Sequence(leader.request, index, views)
             leader.request.sequences.append(sequence)
             if len(self.running) < self.max_num_seqs and self._share(leader, sequence):
@@ -313,15 +344,39 @@ class Scheduler:
             if len(theirs.tokens) % BLOCK_SIZE:
                 mine.table.append(self.blocks.allocate())
                 self._copies.append((theirs.table[full], mine.table[full]))
-            mine.computed, mine.registered = len(mine.tokens), full
+            mine.hold(len(mine.tokens))
+            mine.registered = full
         return True
 
     def _register(self, sequence: Sequence) -> None:
         for view in sequence.views:
-            full = min(view.computed // BLOCK_SIZE, len(view.table))
-            while view.registered < full:
+            while view.registered < view.full_blocks:
                 self.blocks.register(view.table, view.registered, view.tokens, view.pools)
                 view.registered += 1
+
+    def _take(self, sequence: Sequence, answer: list[tuple[int, TokenLogprobs | None]]) -> None:
+        """Append what was sampled, as long as it is what was drafted, and the first token that is not."""
+        draft, sequence.draft = sequence.draft, []
+        before, accepted = len(sequence.output), 0
+        for index, (token, entry) in enumerate(answer):
+            if token < 0:
+                self.finish(sequence, "error", error=self._invalid(sequence))
+                break
+            sequence.append(token)
+            if entry is not None:
+                sequence.logprobs.append(entry)
+            agrees = index < len(draft) and token == draft[index]
+            accepted += agrees
+            if agrees:
+                for view in sequence.views:
+                    view.computed += 1
+            self._register(sequence)
+            self._stop(sequence, token)
+            if sequence.finished or not agrees:
+                break
+        for view in sequence.views:
+            view.drafted = min(view.drafted, view.computed)  # beyond it are the keys of what was not accepted
+        self.taken[sequence] = Taken(len(draft), accepted, len(sequence.output) - before)
 
     def _stop(self, sequence: Sequence, token: int) -> None:
         params = sequence.request.params

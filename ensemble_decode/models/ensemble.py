@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,9 @@ def load_ensemble(
     dtype: str | torch.dtype = "auto",
     device: str = "auto",
     max_model_len: int | None = None,
+    draft: str | None = None,
 ) -> Ensemble:
-    """Load a target and its pairs; members on the same weights share one group.
+    """Load a target, its pairs and perhaps a ``draft`` model; members on the same weights share one group.
 
     Raises
     ------
@@ -80,6 +81,9 @@ def load_ensemble(
         members[expert] = None
         if anti is not None:
             members[anti] = None
+    drafter = None if draft is None else _member(draft, target)
+    if drafter is not None:
+        members.setdefault(drafter)
     weights = list(dict.fromkeys(key for key, _ in members))
     for key in weights:
         check_checkpoint(key)
@@ -93,8 +97,21 @@ def load_ensemble(
         for index, adapter in enumerate([*([None] if bare else []), *adapters]):
             pool_of[key, adapter] = len(pools)
             pools.append(Pool(number, index))
-    vocab_size = _common_vocabulary(groups)
-    layout = _layout(named, sides, pool_of, pool_of[target, None], vocab_size, _model_len(groups, max_model_len))
+    serving = groups
+    if drafter is not None and not any(drafter[0] == key for keys in sides.values() for key, _ in filter(None, keys)):
+        # A draft model changes nothing of what comes out: neither the vocabulary nor the longest text.
+        _common_vocabulary([groups[0], groups[weights.index(drafter[0])]])
+        serving = [group for group, key in zip(groups, weights, strict=True) if key != drafter[0] or key == target]
+    vocab_size = _common_vocabulary(serving)
+    layout = _layout(named, sides, pool_of, pool_of[target, None], vocab_size, _model_len(serving, max_model_len))
+    if drafter is not None:
+        group = groups[weights.index(drafter[0])]
+        layout = replace(
+            layout,
+            draft_pool=pool_of[drafter],
+            draft_len=min(group.max_positions, layout.max_model_len),
+            draft_vocab=min(group.vocab_size, vocab_size),
+        )
     main = groups[pools[layout.target_pool].group]
     return Ensemble(groups, pools, layout, main.tokenizer, *_special_tokens(main), named)
 

@@ -26,7 +26,8 @@ class Layout:
 
     A *pool* is a KV cache for one (weights, adapter); a *view* is a token sequence: view 0 is the request's own
     tokens, the others are prompts of a pair's own, followed by the same generated tokens. ``views[i]`` is the prompt
-    template of view i ("{prompt}" stands for the request's prompt), and None for view 0.
+    template of view i ("{prompt}" stands for the request's prompt), and None for view 0. ``draft_pool`` is a draft model's,
+    which serves sequences of at most ``draft_len`` tokens below ``draft_vocab``; it may be a member's as well.
     """
 
     vocab_size: int
@@ -35,6 +36,17 @@ class Layout:
     num_pools: int
     pairs: tuple[PairLayout, ...]
     views: tuple[str | None, ...] = (None,)
+    draft_pool: int | None = None
+    draft_len: int = 0
+    draft_vocab: int = 0
+
+    @property
+    def member_pools(self) -> tuple[int, ...]:
+        """Pools that the target or a pair uses: all but that of a draft model which only drafts."""
+        used = {self.target_pool}
+        for pair in self.pairs:
+            used |= {pair.expert_pool, self.target_pool if pair.anti_expert_pool is None else pair.anti_expert_pool}
+        return tuple(sorted(used))
 
     def pools_of(self, pairs: tuple[int, ...], view: int) -> tuple[int, ...]:
         """Pools that must compute the tokens of ``view`` when ``pairs`` (indices) steer, in ascending order."""

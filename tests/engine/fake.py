@@ -7,13 +7,24 @@ changes the text. :func:`expected` says what the text must be, from the request 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-from ensemble_decode.engine.batch import BLOCK_SIZE, Batch, ScoreRow, Span, Steering, StepOutput, TokenLogprobs
+from ensemble_decode.engine.batch import (
+    BLOCK_SIZE,
+    Batch,
+    SampleRow,
+    ScoreRow,
+    Span,
+    Steering,
+    StepOutput,
+    TokenLogprobs,
+)
+from ensemble_decode.engine.drafting import Costs
 from ensemble_decode.engine.engine import Engine
 from ensemble_decode.engine.params import SamplingParams
+from ensemble_decode.engine.speculation import Speculation, Speculator
 from ensemble_decode.models.layout import Layout, PairLayout
 
 #: Token 0 ends a text; the others are pieces of UTF-8, some of them parts of one character only.
@@ -81,7 +92,8 @@ def score(key: object) -> float:
 class FakeRunner:
     """Executes batches, and holds the scheduler to the contract of :class:`Batch` on the way.
 
-    ``nan`` is a token: a row whose own tokens end with it has no valid sample.
+    ``nan`` is a token: a row whose own tokens end with it has no valid sample. ``draft`` is the model that drafts: what
+    it says after the tokens that its pool holds.
     """
 
     def __init__(self, layout: Layout, num_blocks: int, nan: int | None = None) -> None:
@@ -89,6 +101,7 @@ class FakeRunner:
         self.num_blocks = num_blocks
         self.nan = nan
         self.timings: dict[str, float] = {"forward": 0.0, "sample": 0.0, "steps": 0}
+        self.draft: Callable[[tuple, SampleRow], int] = lambda own, row: pick(layout.vocab_size, own)
         self.batches: list[Batch] = []
         self.computed = [0] * layout.num_pools  # tokens, by pool
         self._slots: list[list[int | None]] = [[None] * (num_blocks * BLOCK_SIZE) for _ in range(layout.num_pools)]
@@ -102,7 +115,14 @@ class FakeRunner:
         for row in batch.samples:
             span = batch.spans[row.span]
             assert span.outputs >= 1, "a row samples from a span without outputs"
-            own = self._read(span, self.layout.target_pool)
+            assert row.output < span.outputs
+            later = 0 if row.output < 0 else span.outputs - 1 - row.output  # tokens of the span behind this row's
+            own = self._read(span, self.layout.target_pool if row.pool is None else row.pool, later)
+            if row.pool is not None:
+                assert not row.steering
+                output.tokens.append(self.draft(own, row))
+                output.logprobs.append(None)
+                continue
             assert row.position == len(own)
             edits = row.edits
             if self.nan is not None and own[-1] == self.nan:
@@ -120,7 +140,7 @@ class FakeRunner:
                     tuple(sorted(edits.bias.items())),
                 )
             filters = (row.temperature, row.top_k, row.top_p, row.min_p, row.nucleus == "target")
-            key = (own, self._sides(batch, own, row.steering), filters, row.seed, row.position, changes)
+            key = (own, self._sides(batch, own, row.steering, later), filters, row.seed, row.position, changes)
             token = pick(self.layout.vocab_size, key, () if edits is None else edits.banned)
             output.tokens.append(token)
             output.logprobs.append(None if row.logprobs < 0 else entry(key, token, row.logprobs))
@@ -164,34 +184,34 @@ class FakeRunner:
     def _slot(span: Span, position: int) -> int:
         return span.block_table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
 
-    def _read(self, span: Span, pool: int, length: int | None = None) -> tuple[int | None, ...]:
+    def _read(self, span: Span, pool: int, later: int = 0) -> tuple[int | None, ...]:
+        """What ``pool`` holds up to the span's end, without its ``later`` last tokens."""
         assert pool in span.pools, f"pool {pool} did not compute the span"
-        length = span.start + len(span.tokens) if length is None else length
+        length = span.start + len(span.tokens) - later
         seen = tuple(self._slots[pool][self._slot(span, position)] for position in range(length))
         assert None not in seen, "a slot is read that nothing was written to"
         return seen
 
-    def _sides(self, batch: Batch, own: tuple, steering: tuple[Steering, ...], length: int | None = None) -> tuple:
+    def _sides(self, batch: Batch, own: tuple, steering: tuple[Steering, ...], later: int = 0) -> tuple:
         sides = []
         for item in steering:
             assert item.alpha != 0
             pair = self.layout.pairs[item.pair]
-            expert = self._read(batch.spans[item.expert_span], pair.expert_pool, length)
+            expert = self._read(batch.spans[item.expert_span], pair.expert_pool, later)
             anti = own
             if pair.anti_expert_pool is not None:
-                anti = self._read(batch.spans[item.anti_expert_span], pair.anti_expert_pool, length)
+                anti = self._read(batch.spans[item.anti_expert_span], pair.anti_expert_pool, later)
             sides.append((item.pair, item.alpha, expert, anti))
         return tuple(sides)
 
     def _score(self, batch: Batch, row: ScoreRow) -> list[TokenLogprobs]:
         span = batch.spans[row.span]
-        first = span.start + len(span.tokens) - span.outputs
         assert len(row.tokens) <= span.outputs
         entries = []
         for offset, token in enumerate(row.tokens):
-            length = first + offset + 1
-            own = self._read(span, self.layout.target_pool, length)
-            entries.append(entry((own, self._sides(batch, own, row.steering, length)), token, row.logprobs))
+            later = span.outputs - 1 - offset
+            own = self._read(span, self.layout.target_pool, later)
+            entries.append(entry((own, self._sides(batch, own, row.steering, later)), token, row.logprobs))
         return entries
 
 
@@ -284,16 +304,22 @@ def make_engine(
     max_num_batched_tokens: int = 48,
     prefix_caching: bool = True,
     tokenizer: bool = True,
+    speculation: Speculation | None = None,
 ) -> Engine:
+    runner = FakeRunner(layout, num_blocks, nan)
+    speculator = None
+    if speculation is not None:
+        speculator = Speculator(speculation, layout, Costs({(layout.target_pool,): {1: 1.0, 2: 1.0}}))
     return Engine(
         layout,
-        FakeRunner(layout, num_blocks, nan),
+        runner,
         num_blocks,
         PieceTokenizer() if tokenizer else None,
         (EOS,),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         enable_prefix_caching=prefix_caching,
+        speculator=speculator,
     )
 
 
