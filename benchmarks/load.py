@@ -34,7 +34,8 @@ MODES = ("plain", "steered", "speculative")
 def arrivals(rate: float, seconds: float, steered: bool, seed: int) -> list[tuple[float, list[int], SamplingParams]]:
     """(when, prompt, parameters) of a Poisson process of ``rate`` requests a second."""
     chance = random.Random(seed)
-    found, now = [], chance.expovariate(rate)
+    found: list[tuple[float, list[int], SamplingParams]] = []
+    now = chance.expovariate(rate)
     while now < seconds:
         prompt = [chance.randrange(1, 49000) for _ in range(round(16 * 16 ** chance.random()))]
         new, alpha = round(8 * 12 ** chance.random()), chance.choice([0.0, 0.5, 1.0, 2.0])

@@ -23,9 +23,17 @@ from ensemble_decode.models.smollm2 import smollm2_path
 PAIR = Path(__file__).parent.parent / "ensemble_decode" / "data" / "pairs" / "gender"
 
 
+def prefill_steps(batch: int, context: int) -> int:
+    """Steps, at most, between the first row's first token and the last row's."""
+    return batch + batch * context // 256
+
+
 def step_times(llm: LLM, batch: int, context: int, alpha: float, steps: int) -> tuple[list[float], int]:
     """Seconds of ``steps`` decode steps at ``context`` tokens of context, and the KV blocks in use."""
-    params = SamplingParams(alpha=alpha, top_p=0.9, seed=1, max_tokens=steps + 3, ignore_eos=True)
+    # The first rows decode while the last are prefilled: none may end before the timed steps.
+    params = SamplingParams(
+        alpha=alpha, top_p=0.9, seed=1, max_tokens=steps + 3 + prefill_steps(batch, context), ignore_eos=True
+    )
     requests = [llm.engine.add_request(p, params) for p in prompts(batch, context - 2, 49000)]
     while any(not request.sequences[0].output for request in requests):
         llm.engine.step(stream=False)
@@ -54,7 +62,7 @@ def main() -> None:
     args = parser.parse_args()
     pair = ExpertPair(PAIR / "expert", PAIR / "anti_expert")
     settings = [(b, c) for b in args.batch for c in args.context]
-    sizes = [b * (c + args.steps + 16) for b, c in settings if b * c <= args.most_tokens]
+    sizes = [b * (c + args.steps + 16 + prefill_steps(b, c)) for b, c in settings if b * c <= args.most_tokens]
     if not sizes:
         parser.error(f"--most-tokens is {args.most_tokens}, allowed is {min(b * c for b, c in settings)} or more")
     needed = max(sizes)
