@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ensemble_decode.engine.batch import Edits, SampleRow, Steering, TokenLogprobs
@@ -146,7 +145,7 @@ class Sequence:
             pool,
         )
 
-    def edits(self, eos: tuple[int, ...], draft: Sequence[int] = ()) -> Edits | None:
+    def edits(self, eos: tuple[int, ...], draft: tuple[int, ...] | list[int] = ()) -> Edits | None:
         """Changes to the scores of the token after ``draft``, as if its tokens had been sampled."""
         params = self.request.params
         if not params.has_edits:
