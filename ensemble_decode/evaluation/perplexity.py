@@ -1,0 +1,106 @@
+"""WikiText-2 perplexity in named protocols. Without its window a perplexity means nothing, so figures carry it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ensemble_decode.corpora.source import Source, find
+from ensemble_decode.evaluation.metric import Figure, Record, System
+from ensemble_decode.evaluation.statistics import bootstrap_interval
+
+SOURCE = Source("WikiText-2", "https://huggingface.co/datasets/Salesforce/wikitext", "CC BY-SA 3.0")
+PROTOCOLS = ("paper", "huggingface")
+_FILES = {
+    "paper": ("wikitext-2/test.txt", "wikitext-2-v1/wiki.test.tokens", "wiki.test.tokens"),
+    "huggingface": ("wikitext-2-raw/wiki.test.raw", "wiki.test.raw"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Perplexity:
+    """exp of the mean negative log-likelihood of a token.
+
+    "paper" (arXiv 2412.01711): text with ``<unk>``, windows of the model's length − 32, no overlap. "huggingface" (the
+    guide of transformers): raw text, windows of the model's length, stride 512. The first token of a window has nothing
+    before it and is not counted; with a stride below the window, a token is counted once, with the longest context.
+
+    Records are one per window: the sum of its negative log-likelihoods, and its tokens.
+    """
+
+    protocol: str = "paper"
+    window: int | None = None
+    stride: int | None = None
+    tokens: int | None = None
+    resamples: int = 2000
+
+    def __post_init__(self) -> None:
+        if self.protocol not in PROTOCOLS:
+            raise ValueError(f"protocol is {self.protocol!r}, allowed are {', '.join(PROTOCOLS)}")
+        for name in ("window", "stride", "tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 2:
+                raise ValueError(f"{name} is {value!r}, allowed is 2 or more")
+
+    @property
+    def name(self) -> str:
+        return f"perplexity-{self.protocol}"
+
+    def run(self, system: System, data: Path, limit: int | None = None) -> list[Record]:
+        """Score every window of the test set, or the first ``limit``."""
+        if system.llm.tokenizer is None:
+            raise ValueError("perplexity needs a tokenizer, this model has none")
+        ids = system.llm.tokenizer(read_text(data, self.protocol), add_special_tokens=False, verbose=False)["input_ids"]
+        window, stride = self.lengths(system.llm.ensemble.layout.max_model_len)
+        spans = windows(len(ids[: self.tokens]), window, stride)[:limit]
+        scores = system.llm.score([ids[begin:end] for begin, end, _ in spans], alpha=system.params.alpha, use_tqdm=True)
+        records = []
+        for (begin, end, counted), score in zip(spans, scores, strict=True):
+            values = [value for value in score.logprobs[max(counted, begin + 1) - begin :] if value is not None]
+            records.append({"begin": begin, "end": end, "nll": -math.fsum(values), "tokens": len(values)})
+        return records
+
+    def summarise(self, records: Sequence[Record]) -> dict[str, Figure]:
+        """The perplexity, with an interval that resamples windows, and the window that it holds for."""
+        units = np.array([(record["nll"], record["tokens"]) for record in records], dtype=np.float64)
+        low, high = bootstrap_interval(units, lambda m: np.exp(m[:, 0] / m[:, 1]), resamples=self.resamples)
+        value = math.exp(units[:, 0].sum() / units[:, 1].sum())
+        longest = max(record["end"] - record["begin"] for record in records)
+        return {"PPL": Figure(value, low, high, n=len(units)), "PPL/window": Figure(longest)}
+
+    def lengths(self, max_model_len: int) -> tuple[int, int]:
+        """Window and stride for a model of this length. Scoring takes one position more than the window."""
+        longest = max_model_len - (32 if self.protocol == "paper" else 1)
+        window = longest if self.window is None else self.window
+        if not 2 <= window <= max_model_len - 1:
+            raise ValueError(f"window is {window}, allowed is 2 … {max_model_len - 1} (the model's length less one)")
+        stride = self.stride or (window if self.protocol == "paper" else min(512, window))
+        if stride > window:
+            raise ValueError(f"stride is {stride}, allowed is at most the window, {window}")
+        return window, stride
+
+
+def read_text(data: Path, protocol: str) -> str:
+    """The test set as both protocols join it: blank lines between the rows of the data set."""
+    path = find(SOURCE, data, *_FILES[protocol])
+    # The data set's rows keep their newline, blank ones are empty.
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return "\n\n".join(line if line.strip() else "" for line in lines)
+
+
+def windows(length: int, window: int, stride: int) -> list[tuple[int, int, int]]:
+    """(begin, end, first counted token) of each window over ``length`` tokens."""
+    spans: list[tuple[int, int, int]] = []
+    counted = 0
+    for begin in range(0, length, stride):
+        end = min(begin + window, length)
+        if end - max(counted, begin + 1) > 0:
+            spans.append((begin, end, counted))
+        counted = end
+        if end == length:
+            break
+    return spans

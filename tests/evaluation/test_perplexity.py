@@ -1,0 +1,56 @@
+"""Perplexity against transformers' own loop, and windows counted by hand."""
+
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from ensemble_decode import LLM, SamplingParams
+from ensemble_decode.evaluation.metric import System
+from ensemble_decode.evaluation.perplexity import Perplexity, read_text, windows
+from ensemble_decode.models.smollm2 import smollm2_path
+
+
+def test_windows_count_each_token_once() -> None:
+    assert windows(10, 4, 4) == [(0, 4, 0), (4, 8, 4), (8, 10, 8)]
+    assert windows(10, 4, 2) == [(0, 4, 0), (2, 6, 4), (4, 8, 6), (6, 10, 8)]
+    assert windows(9, 4, 4)[-1] == (4, 8, 4)  # the last window would have no token with a context
+
+
+@pytest.mark.parametrize(("protocol", "stride"), [("paper", 96), ("huggingface", 40)])
+def test_equals_transformers_own_loop(protocol: str, stride: int) -> None:
+    root = os.environ.get("ENSEMBLE_DECODE_DATA")
+    if root is None:
+        pytest.skip("ENSEMBLE_DECODE_DATA is unset: WikiText-2 is in a folder that the user names")
+    llm = LLM(str(smollm2_path()), dtype="float32", max_model_len=128, max_num_seqs=4)
+    metric = Perplexity(protocol, window=96, stride=stride, tokens=288)
+    figures = metric.summarise(metric.run(System("target", llm, SamplingParams(alpha=0.0)), Path(root)))
+
+    model = AutoModelForCausalLM.from_pretrained(smollm2_path(), dtype=torch.float32)
+    ids = torch.tensor([llm.tokenizer(read_text(Path(root), protocol))["input_ids"][:288]])  # type: ignore[misc]
+    total, count, previous = 0.0, 0, 0
+    for begin in range(0, 288, stride):  # the loop of transformers' guide to perplexity
+        end = min(begin + 96, 288)
+        labels = ids[:, begin:end].clone()
+        labels[:, : previous - begin] = -100
+        with torch.no_grad():
+            loss = model(ids[:, begin:end], labels=labels).loss
+        valid = int((labels[:, 1:] != -100).sum())
+        total, count, previous = total + float(loss) * valid, count + valid, end
+        if end == 288:
+            break
+    assert figures["PPL"].value == pytest.approx(math.exp(total / count), abs=1e-4, rel=1e-5)
+
+
+@pytest.mark.parametrize("arguments", [{"protocol": "other"}, {"window": 1}])
+def test_what_is_not_allowed_is_said(arguments: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        Perplexity(**arguments)  # type: ignore[arg-type]
+
+
+def test_missing_data_says_where_to_get_it(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"WikiText-2 is not in .*huggingface\.co"):
+        read_text(tmp_path, "paper")
