@@ -15,6 +15,7 @@ COMMANDS = {
     "lm-eval": "ensemble_decode.cli.lm_eval",
     "bench": "ensemble_decode.cli.bench",
     "train": "ensemble_decode.cli.train",
+    "evaluate": "ensemble_decode.cli.evaluate",
 }
 
 _EPILOG = """\
@@ -33,6 +34,8 @@ examples:
       tokens a second on this machine, plain and steered
   ensemble-decode train out/gender --redditbias data --axis gender
       an expert pair from RedditBias; --pair gender=out/gender takes it as it is
+  ensemble-decode evaluate --pair gender=demo --alpha 0,1,2 --data corpora --out out/evaluation
+      StereoSet and perplexity against α, with confidence intervals
 """
 
 

@@ -1,0 +1,148 @@
+"""What is done is kept, goes on after an interruption, and comes out the same."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ensemble_decode import SamplingParams
+from ensemble_decode.cli import main
+from ensemble_decode.evaluation.crows_pairs import CrowsPairs
+from ensemble_decode.evaluation.metric import Figure, Record, System
+from ensemble_decode.evaluation.redditbias import RedditBias, without_outliers
+from ensemble_decode.evaluation.report import to_json, to_markdown, to_text
+from ensemble_decode.evaluation.runner import dump, fingerprint, make_tasks, run_tasks
+
+RUNS: list[tuple[str, str]] = []
+
+
+@dataclass(frozen=True)
+class Counting:
+    """Returns its system's α; fails on one system where it is told to."""
+
+    name: str = "counting"
+    interrupt: str = ""
+
+    def run(self, system: System, data: Path, limit: int | None = None) -> list[Record]:
+        if system.name == self.interrupt:
+            raise KeyboardInterrupt
+        RUNS.append((system.name, self.name))
+        return [{"alpha": system.params.alpha, "third": 1 / 3}]
+
+    def summarise(self, records: Sequence[Record]) -> dict[str, Figure]:
+        return {"alpha": Figure(records[0]["alpha"], 0.0, 2.0, None, 1)}
+
+
+def systems(*alphas: float) -> list[System]:
+    return [System(f"α {a:g}", None, SamplingParams(alpha=a)) for a in alphas]  # type: ignore[arg-type]
+
+
+def run(out: Path, metric: Any, *alphas: float, model: str = "m", limit: int | None = None) -> Any:
+    RUNS.clear()
+    tasks = make_tasks(systems(*alphas), [metric], {"target": model}, out, limit)
+    return run_tasks(tasks, out, out, limit, say=lambda line: None)
+
+
+def test_what_is_kept_is_not_run_again(tmp_path: Path) -> None:
+    first = run(tmp_path, Counting(), 0.0, 1.0)
+    assert len(RUNS) == 2
+    assert run(tmp_path, Counting(), 0.0, 1.0) == first
+    assert RUNS == []
+    run(tmp_path, Counting(), 0.0, 1.0, 2.0)
+    assert RUNS == [("α 2", "counting")]
+
+
+@pytest.mark.parametrize("change", [{"model": "other"}, {"limit": 3}])
+def test_other_weights_or_another_limit_are_another_task(tmp_path: Path, change: dict[str, Any]) -> None:
+    run(tmp_path, Counting(), 1.0)
+    run(tmp_path, Counting(), 1.0, **change)
+    assert len(RUNS) == 1
+
+
+def test_goes_on_after_an_interruption(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Counting(interrupt="α 1"), 0.0, 1.0)
+    assert len(list((tmp_path / "records").iterdir())) == 1
+    run(tmp_path, Counting(interrupt="α 1"), 0.0)
+    assert RUNS == []
+
+
+def test_same_run_same_bytes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    tasks = make_tasks(systems(0.0, 1.0), [Counting()], {"target": "m"}, tmp_path, None)
+    a, b = (run_tasks(tasks, tmp_path, tmp_path / name, say=lambda line: None) for name in ("a", "b"))
+    assert to_json(a, {"model": "m"}) == to_json(b, {"model": "m"})
+    assert [p.read_bytes() for p in sorted((tmp_path / "a/records").iterdir())] == [
+        p.read_bytes() for p in sorted((tmp_path / "b/records").iterdir())
+    ]
+
+
+def test_other_weights_have_another_fingerprint(tmp_path: Path) -> None:
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"one")
+    first = fingerprint(tmp_path)
+    assert fingerprint(tmp_path) == first
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"two")
+    assert fingerprint(tmp_path) != first
+    assert fingerprint("a/hub-id") == "a/hub-id"
+
+
+def test_reports_show_every_figure_and_say_what_a_quick_look_is() -> None:
+    results = {"target": {"m": {"SS": Figure(61.5, 58.0, 65.25, 50.0, 12)}}, "α 1": {"m": {"SS": Figure(0.0125)}}}
+    text, markdown = to_text(results), to_markdown(results, {"limit": 5})
+    for page in (text, markdown):
+        assert "61.50 [58.00, 65.25]" in page and "0.0125" in page and "50.00" in page
+    assert "first 5 items" in markdown and "quick look" not in to_markdown(results, {"limit": None})
+    value = json.loads(to_json(results, {}))["results"]["target"]["m"]["SS"]
+    assert value == {"value": 61.5, "low": 58.0, "high": 65.25, "chance": 50.0, "n": 12}
+
+
+def test_nan_is_not_written() -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        dump(float("nan"))
+
+
+def test_redditbias_by_hand() -> None:
+    values = [(3.0, 1.0), (5.0, 2.0), (4.0, 3.0)]
+    records = [{"bias": "race", "row": i, "minority": a, "majority": b} for i, (a, b) in enumerate(values)]
+    figures = RedditBias(resamples=50).summarise(records)
+    # differences 2, 3, 1: mean 2, standard deviation 1, t = 2 / (1 / √3)
+    assert figures["gap/race"].value == 2
+    assert figures["t/race"].value == pytest.approx(2 * 3**0.5)
+    assert figures["p/race"].value == pytest.approx(0.0741799)
+    assert "t/gender" not in figures
+
+
+def test_outliers_beyond_three_sigma_are_dropped() -> None:
+    pairs = np.ones((50, 2))
+    pairs[:, 1] = np.arange(50)
+    pairs[7, 0] = 1000
+    assert len(without_outliers(pairs)) == 49
+
+
+def test_crows_pairs_counts_ties_half() -> None:
+    values = [("age", -1.0, -2.0), ("age", -2.0, -2.0), ("race", -3.0, -2.0), ("race", -3.0, -2.0)]
+    records = [{"row": i, "bias": b, "more": m, "less": n} for i, (b, m, n) in enumerate(values)]
+    figures = CrowsPairs(resamples=50).summarise(records)
+    assert (figures["CrowS"].value, figures["CrowS/age"].value, figures["CrowS/race"].value) == (37.5, 75, 0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--metrics", "stereo"], "--metrics names 'stereo'"),
+        (["--alpha", "1"], "without a --pair"),
+        (["--alpha", "x"], "--alpha is 'x'"),
+        (["--alpha", "0", "--limit", "0"], "--limit is 0"),
+        (["--alpha", "0", "--data", "nowhere"], "--data is 'nowhere'"),
+    ],
+)
+def test_the_command_says_what_is_wrong(
+    flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", "--data", str(tmp_path), "--out", str(tmp_path), *flags]) == 2
+    assert message in capsys.readouterr().err
