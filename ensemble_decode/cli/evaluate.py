@@ -19,7 +19,7 @@ METRICS = ("stereoset", "perplexity", "perplexity-huggingface", "crows_pairs", "
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.description = "Measure the target alone (α = 0) and with its pairs. What is done is kept in --out."
     add_model(command)
-    command.add_argument("--alpha", default="0,1", metavar="A,A,…", help="strengths of all pairs (default 0,1)")
+    command.add_argument("--alpha", metavar="A,A,…", help="strengths of all pairs (default 0,1; without a pair 0)")
     command.add_argument("--data", required=True, help="folder of the corpora; what is missing there is said")
     command.add_argument(
         "--metrics", default="stereoset,perplexity", help=f"any of {', '.join(METRICS)} (default stereoset,perplexity)"
@@ -90,6 +90,8 @@ def _metrics(args: argparse.Namespace) -> list[Metric]:
 
 
 def _alphas(args: argparse.Namespace) -> list[float]:
+    if args.alpha is None:
+        return [0.0, 1.0] if args.pair else [0.0]
     try:
         alphas = list(dict.fromkeys(float(part) for part in args.alpha.split(",")))
     except ValueError:
