@@ -16,6 +16,7 @@ COMMANDS = {
     "bench": "ensemble_decode.cli.bench",
     "train": "ensemble_decode.cli.train",
     "evaluate": "ensemble_decode.cli.evaluate",
+    "distill": "ensemble_decode.cli.distill",
 }
 
 _EPILOG = """\
@@ -36,6 +37,8 @@ examples:
       an expert pair from RedditBias; --pair gender=out/gender takes it as it is
   ensemble-decode evaluate --pair gender=demo --alpha 0,1,2 --data corpora --out out/evaluation
       StereoSet and perplexity against α, with confidence intervals
+  ensemble-decode distill --data data --out classifiers
+      stand-ins for the regard and toxicity classifiers, with their measured fidelity
 """
 
 

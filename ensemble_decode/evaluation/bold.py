@@ -1,0 +1,173 @@
+"""Continuations of BOLD's prompts (Dhamala et al. 2021), generated once and kept for every metric that reads them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ensemble_decode.corpora.source import Source, find
+from ensemble_decode.engine.params import SamplingParams
+from ensemble_decode.evaluation.metric import System
+
+#: The groups that arXiv 2412.01711 compares: domain → (file, groups).
+DOMAINS = {
+    "gender": ("gender_prompt.json", ("American_actors", "American_actresses")),
+    "race": ("race_prompt.json", ("African_Americans", "European_Americans")),
+    "religion": ("religious_ideology_prompt.json", ("judaism", "christianity", "islam")),
+}
+_SOURCE = Source("BOLD", "https://github.com/amazon-science/bold", "CC BY-SA 4.0")
+_PROBE = "The weather on that day was"
+
+
+@dataclass(frozen=True, slots=True)
+class BoldPrompt:
+    """The beginning of a Wikipedia sentence about somebody; ``id`` is its place in BOLD and holds no text."""
+
+    id: str
+    domain: str
+    group: str
+    entity: str
+    text: str
+
+
+def paper_params(alpha: float | dict[str, float] | None = None) -> SamplingParams:
+    """How arXiv 2412.01711 samples: top-p 0.9 at temperature 1, 15 new tokens, 5 samples a prompt."""
+    return SamplingParams(alpha=alpha, temperature=1.0, top_p=0.9, max_tokens=15, n=5)
+
+
+def read_prompts(data: Path, domains: Sequence[str] = tuple(DOMAINS)) -> list[BoldPrompt]:
+    """BOLD's prompts of the paper's groups, stripped. The one prompt that is empty then is left out.
+
+    Parameters
+    ----------
+    data : Path
+        The folder that holds ``bold/prompts``.
+    domains : sequence of str
+        Of "gender", "race", "religion".
+
+    Raises
+    ------
+    FileNotFoundError
+        A file is missing, and where to get it.
+    ValueError
+        An unknown domain.
+    """
+    prompts = []
+    for domain in domains:
+        if domain not in DOMAINS:
+            raise ValueError(f"domain is {domain!r}, allowed are {', '.join(map(repr, DOMAINS))}")
+        name, groups = DOMAINS[domain]
+        path = find(_SOURCE, data, f"bold/prompts/{name}", f"prompts/{name}", name)
+        corpus = json.loads(path.read_text(encoding="utf-8"))
+        for group in groups:
+            for e, (entity, texts) in enumerate(corpus[group].items()):
+                for t, text in enumerate(texts):
+                    if text.strip():
+                        prompts.append(BoldPrompt(f"{domain}/{group}/{e}/{t}", domain, group, entity, text.strip()))
+    return prompts
+
+
+def mask_entity(text: str, entity: str) -> str:
+    """The text with the entity's name replaced by XYZ, as the regard classifier was trained."""
+    name = " ".join(entity.split("_"))
+    return re.sub(re.escape(name), "XYZ", text, flags=re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Continuations:
+    """Samples of a system, kept in a folder: interrupted, it goes on where it stopped; asked again, it reads.
+
+    Parameters
+    ----------
+    folder : Path
+        One JSON-lines file for each system and way of sampling. It holds generated text and is not for publishing.
+    domains : tuple of str
+    samples, max_tokens : int
+        Of each prompt. Filters, temperature and α are those of the system's ``params``.
+    seed : int
+        Each prompt has a seed of its own, made of this one and the prompt's id. So systems see the same noise, which
+        makes paired comparisons sharper, and a prompt's samples don't depend on which others are asked for.
+    chunk : int
+        Prompts between two writes.
+    """
+
+    folder: Path
+    domains: tuple[str, ...] = tuple(DOMAINS)
+    samples: int = 5
+    max_tokens: int = 15
+    seed: int = 0
+    chunk: int = 64
+
+    def of(self, system: System, data: Path, limit: int | None = None) -> list[tuple[BoldPrompt, list[str]]]:
+        """Each prompt with its ``samples`` continuations; ``limit`` takes the first prompts of each group."""
+        prompts = _first(read_prompts(data, self.domains), limit)
+        path = self.path(system)
+        known = _read(path)
+        missing = [prompt for prompt in prompts if prompt.id not in known]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file, tqdm(total=len(missing), desc=system.name, unit="prompt") as bar:
+            for start in range(0, len(missing), self.chunk):
+                part = missing[start : start + self.chunk]
+                outputs = system.llm.generate(
+                    [system.prefix + prompt.text for prompt in part],
+                    [self._params(system, prompt) for prompt in part],
+                    use_tqdm=False,
+                )
+                for prompt, output in zip(part, outputs, strict=True):
+                    for sample in output.outputs:
+                        if sample.error is not None:
+                            raise RuntimeError(f"bold: prompt {prompt.id}: {sample.error}")
+                    known[prompt.id] = [sample.text for sample in output.outputs]
+                    file.write(json.dumps({"id": prompt.id, "samples": known[prompt.id]}, ensure_ascii=False) + "\n")
+                file.flush()
+                bar.update(len(part))
+        return [(prompt, known[prompt.id]) for prompt in prompts]
+
+    def path(self, system: System) -> Path:
+        """The file of a system. Its name tells apart parameters, prefix, and models, by what they make of a sentence."""
+        score = system.llm.score(_PROBE, alpha=system.params.alpha)[0]
+        logprobs = [None if value is None else round(value, 4) for value in score.logprobs]
+        params = asdict(replace(system.params, n=self.samples, max_tokens=self.max_tokens, seed=self.seed))
+        key = json.dumps([system.prefix, params, score.token_ids, logprobs], sort_keys=True)
+        name = re.sub(r"[^\w.=-]+", "_", system.name)
+        return self.folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.jsonl"
+
+    def _params(self, system: System, prompt: BoldPrompt) -> SamplingParams:
+        digest = hashlib.sha256(f"{self.seed}:{prompt.id}".encode()).digest()
+        seed = int.from_bytes(digest[:8], "little", signed=True)
+        return replace(system.params, n=self.samples, max_tokens=self.max_tokens, seed=seed)
+
+
+def full_text(prompt: BoldPrompt, continuation: str) -> str:
+    """What the classifiers read: prompt and continuation. A trigger before the prompt is not part of it."""
+    return prompt.text + continuation
+
+
+def _first(prompts: list[BoldPrompt], limit: int | None) -> list[BoldPrompt]:
+    if limit is None:
+        return prompts
+    seen: dict[str, int] = {}
+    chosen = []
+    for prompt in prompts:
+        seen[prompt.group] = seen.get(prompt.group, 0) + 1
+        if seen[prompt.group] <= limit:
+            chosen.append(prompt)
+    return chosen
+
+
+def _read(path: Path) -> dict[str, list[str]]:
+    """Samples by prompt id. A last line that a kill cut short is cut off the file, so that what follows stays whole."""
+    if not path.is_file():
+        return {}
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        path.write_bytes(whole)
+    lines = [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
+    return {line["id"]: line["samples"] for line in lines}

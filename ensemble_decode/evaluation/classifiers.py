@@ -1,0 +1,80 @@
+"""Classifiers of generated text: real ones by hub id or folder, or their distilled stand-ins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from ensemble_decode.evaluation.tfidf import CONFIG, Scores, load_tfidf
+
+#: The classifiers of arXiv 2412.01711.
+REGARD_ID = "sasha/regardv3"
+TOXICITY_ID = "facebook/roberta-hate-speech-dynabench-r4-target"
+
+
+class Classifier(Protocol):
+    """Texts in, a probability for each label out.
+
+    ``fidelity`` is empty for a real classifier. For a stand-in it holds the measured agreement with the real one, which
+    reports show beside every figure.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def labels(self) -> tuple[str, ...]: ...
+
+    @property
+    def fidelity(self) -> dict[str, float]: ...
+
+    def scores(self, texts: Sequence[str]) -> Scores:
+        """Probability of each label, [len(texts), len(labels)]."""
+
+
+class PipelineClassifier:
+    """A text classifier of transformers, loaded from safetensors."""
+
+    fidelity: dict[str, float] = {}  # noqa: RUF012 - empty for every instance: this is the real one
+
+    def __init__(self, name: str, batch_size: int = 32) -> None:
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+        model = AutoModelForSequenceClassification.from_pretrained(name, use_safetensors=True)
+        self.name = name
+        self.labels: tuple[str, ...] = tuple(model.config.id2label[i] for i in range(model.config.num_labels))
+        self._batch_size = batch_size
+        self._pipeline: Any = pipeline(
+            "text-classification", model=model, tokenizer=AutoTokenizer.from_pretrained(name), top_k=None
+        )
+
+    def scores(self, texts: Sequence[str]) -> Scores:
+        """Probability of each label, [len(texts), len(labels)]; long texts are cut at the model's length."""
+        found = np.zeros((len(texts), len(self.labels)))
+        for row, answer in enumerate(self._pipeline(list(texts), batch_size=self._batch_size, truncation=True)):
+            for entry in answer:
+                found[row, self.labels.index(entry["label"])] = entry["score"]
+        return found
+
+
+def load_classifier(source: str) -> Classifier:
+    """The classifier of a hub id or a folder; a folder that ``ensemble-decode distill`` made is a stand-in.
+
+    Raises
+    ------
+    ValueError
+        It can't be had, with what to do.
+    """
+    if (Path(source) / CONFIG).is_file():
+        return load_tfidf(Path(source))
+    try:
+        return PipelineClassifier(source)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"classifier {source!r} can't be loaded ({reason}): name a folder that holds it as safetensors, "
+            "or a stand-in made by `ensemble-decode distill`"
+        ) from None
