@@ -85,7 +85,7 @@ class Continuations:
 
     Parameters
     ----------
-    folder : Path
+    folder : str
         One JSON-lines file for each system and way of sampling. It holds generated text and is not for publishing.
     domains : tuple of str
     samples, max_tokens : int
@@ -97,7 +97,7 @@ class Continuations:
         Prompts between two writes.
     """
 
-    folder: Path
+    folder: str
     domains: tuple[str, ...] = tuple(DOMAINS)
     samples: int = 5
     max_tokens: int = 15
@@ -136,7 +136,7 @@ class Continuations:
         params = asdict(replace(system.params, n=self.samples, max_tokens=self.max_tokens, seed=self.seed))
         key = json.dumps([system.prefix, params, score.token_ids, logprobs], sort_keys=True)
         name = re.sub(r"[^\w.=-]+", "_", system.name)
-        return self.folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.jsonl"
+        return Path(self.folder) / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.jsonl"
 
     def _params(self, system: System, prompt: BoldPrompt) -> SamplingParams:
         digest = hashlib.sha256(f"{self.seed}:{prompt.id}".encode()).digest()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from ensemble_decode.evaluation.tfidf import CONFIG, Scores, load_tfidf
+from ensemble_decode.evaluation.tfidf import CONFIG, WEIGHTS, Scores, load_tfidf
 
 #: The classifiers of arXiv 2412.01711.
 REGARD_ID = "sasha/regardv3"
@@ -78,3 +80,29 @@ def load_classifier(source: str) -> Classifier:
             f"classifier {source!r} can't be loaded ({reason}): name a folder that holds it as safetensors, "
             "or a stand-in made by `ensemble-decode distill`"
         ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class ClassifierSource:
+    """Which classifier a metric uses, as plain data: what its records depend on. Loaded when it is needed.
+
+    ``digest`` is that of a stand-in's files, so that one distilled anew is not taken for the old one; else empty.
+    """
+
+    source: str
+    digest: str = ""
+
+    def load(self) -> Classifier:
+        """The classifier; see :func:`load_classifier`."""
+        return load_classifier(self.source)
+
+
+def classifier_source(source: str) -> ClassifierSource:
+    """The source of a hub id or a folder, with its digest where it is a stand-in."""
+    digest = hashlib.sha256()
+    paths = [Path(source) / name for name in (CONFIG, WEIGHTS)]
+    if not all(path.is_file() for path in paths):
+        return ClassifierSource(source)
+    for path in paths:
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return ClassifierSource(source, digest.hexdigest())

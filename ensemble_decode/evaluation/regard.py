@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ensemble_decode.evaluation.bold import Continuations, full_text, mask_entity
-from ensemble_decode.evaluation.classifiers import Classifier
+from ensemble_decode.evaluation.classifiers import ClassifierSource
 from ensemble_decode.evaluation.gaps import gap_figures
 from ensemble_decode.evaluation.metric import Figure, Record, System
 
@@ -24,27 +24,28 @@ class Regard:
     Records are one per prompt: its id, domain, group, the label of each continuation, and who gave it.
     """
 
-    classifier: Classifier
+    classifier: ClassifierSource
     continuations: Continuations
     resamples: int = 2000
     name: str = "regard"
 
     def run(self, system: System, data: Path, limit: int | None = None) -> list[Record]:
         """Label the continuations of every prompt, or of the first ``limit`` of each group."""
-        known = self.classifier.labels
+        classifier = self.classifier.load()
+        known = classifier.labels
         if not set(LABELS) <= set(known):
-            raise ValueError(f"classifier {self.classifier.name!r} has the labels {known}, regard needs {LABELS}")
+            raise ValueError(f"classifier {classifier.name!r} has the labels {known}, regard needs {LABELS}")
         found = self.continuations.of(system, data, limit)
         texts = [mask_entity(full_text(prompt, text), prompt.entity) for prompt, samples in found for text in samples]
-        best = iter(self.classifier.scores(texts).argmax(axis=1))
+        best = iter(classifier.scores(texts).argmax(axis=1))
         return [
             {
                 "id": prompt.id,
                 "domain": prompt.domain,
                 "group": prompt.group,
                 "labels": [known[next(best)] for _ in samples],
-                "classifier": self.classifier.name,
-                "fidelity": dict(self.classifier.fidelity),
+                "classifier": classifier.name,
+                "fidelity": dict(classifier.fidelity),
             }
             for prompt, samples in found
         ]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ensemble_decode.evaluation.bold import Continuations, full_text
-from ensemble_decode.evaluation.classifiers import Classifier
+from ensemble_decode.evaluation.classifiers import ClassifierSource
 from ensemble_decode.evaluation.gaps import gap_figures
 from ensemble_decode.evaluation.metric import Figure, Record, System
 from ensemble_decode.evaluation.regard import fidelity_figures
@@ -26,27 +26,28 @@ class Toxicity:
     Records are one per prompt: its id, domain, group, the score of each continuation, and who gave it.
     """
 
-    classifier: Classifier
+    classifier: ClassifierSource
     continuations: Continuations
     resamples: int = 2000
     name: str = "toxicity"
 
     def run(self, system: System, data: Path, limit: int | None = None) -> list[Record]:
         """Score the continuations of every prompt, or of the first ``limit`` of each group."""
-        known = self.classifier.labels
+        classifier = self.classifier.load()
+        known = classifier.labels
         column = next((known.index(label) for label in LABELS if label in known), None)
         if column is None:
-            raise ValueError(f"classifier {self.classifier.name!r} has the labels {known}, one of {LABELS} is needed")
+            raise ValueError(f"classifier {classifier.name!r} has the labels {known}, one of {LABELS} is needed")
         found = self.continuations.of(system, data, limit)
-        scores = iter(self.classifier.scores([full_text(p, text) for p, samples in found for text in samples]))
+        scores = iter(classifier.scores([full_text(p, text) for p, samples in found for text in samples]))
         return [
             {
                 "id": prompt.id,
                 "domain": prompt.domain,
                 "group": prompt.group,
                 "scores": [float(next(scores)[column]) for _ in samples],
-                "classifier": self.classifier.name,
-                "fidelity": dict(self.classifier.fidelity),
+                "classifier": classifier.name,
+                "fidelity": dict(classifier.fidelity),
             }
             for prompt, samples in found
         ]

@@ -50,6 +50,9 @@ class Weather:
     fidelity: dict = field(default_factory=lambda: {"accuracy": 0.75})
     seen: list = field(default_factory=list)
 
+    def load(self):
+        return self
+
     def scores(self, texts):
         self.seen += texts
         rows = np.zeros((len(texts), 4))
@@ -74,7 +77,7 @@ def data(tmp_path):
 
 @pytest.fixture
 def continuations(tmp_path):
-    return Continuations(tmp_path / "kept", domains=("gender",), chunk=2)
+    return Continuations(str(tmp_path / "kept"), domains=("gender",), chunk=2)
 
 
 def _system(**changes):

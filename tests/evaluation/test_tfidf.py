@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from ensemble_decode.evaluation.classifiers import load_classifier
+from ensemble_decode.evaluation.classifiers import classifier_source, load_classifier
 from ensemble_decode.evaluation.distill import Labelled, distill_regard, distill_toxicity
 from ensemble_decode.evaluation.tfidf import CONFIG, WEIGHTS, TfidfClassifier, load_tfidf
 
@@ -51,6 +51,10 @@ def test_a_saved_classifier_gives_the_same_bits(fitted, tmp_path):
     loaded = load_classifier(str(tmp_path))
     assert np.array_equal(loaded.scores(texts), ours.scores(texts))
     assert (loaded.name, loaded.labels, loaded.fidelity) == (ours.name, ours.labels, ours.fidelity)
+    source = classifier_source(str(tmp_path))
+    assert source.load().name == ours.name
+    (tmp_path / CONFIG).write_text((tmp_path / CONFIG).read_text() + " ")
+    assert classifier_source(str(tmp_path)) != source  # a stand-in made anew is another
     assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG, WEIGHTS]  # and no pickle among them
 
 
