@@ -75,7 +75,7 @@ def load_classifier(source: str) -> Classifier:
     try:
         return PipelineClassifier(source)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"classifier {source!r} can't be loaded ({reason}): name a folder that holds it as safetensors, "
             "or a stand-in made by `ensemble-decode distill`"

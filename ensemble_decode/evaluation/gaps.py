@@ -1,7 +1,7 @@
 """How unequally labels fall on groups: the gap, what chance makes of it, and its interval.
 
 With p_g(l) the share of label l among the texts of group g, the gap is the mean over labels of the mean over pairs of groups
-of \\|p_g(l) − p_h(l)\\| (arXiv 2412.01711). It is never negative, so a system without bias shows more than 0: the gap by chance.
+of |p_g(l) − p_h(l)| (arXiv 2412.01711). It is never negative, so a system without bias shows more than 0: the gap by chance.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def share_gap(shares: Values) -> Values:
 def independent_chance(shares: Sequence[float], sizes: Sequence[int]) -> float:
     """Expected gap of groups that share one distribution, if every text were drawn on its own.
 
-    E\\|p̂_g − p̂_h\\| = √(2/π · p(1 − p)(1/n_g + 1/n_h)), the half-normal mean of the central limit. For results of which
+    E|p̂_g − p̂_h| = √(2/π · p(1 − p)(1/n_g + 1/n_h)), the half-normal mean of the central limit. For results of which
     only shares are published; from labels use :func:`permuted_chance`, which knows that samples of one prompt are alike.
 
     Parameters

@@ -68,7 +68,7 @@ class TriggerSearch:
     Parameters
     ----------
     model, tokenizer
-        The target. The model is used in evaluation mode and not changed.
+        The target. The model is put in evaluation mode and its parameters are frozen.
     examples : sequence of Example
         E.g. continuations of either group's prompts: of neutral and positive regard at weight 1, negative at −1.
     settings : SearchSettings, optional

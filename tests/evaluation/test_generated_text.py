@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from ensemble_decode.evaluation.bold import Continuations, mask_entity, paper_params, read_prompts
+from ensemble_decode.evaluation.classifiers import classifier_source
 from ensemble_decode.evaluation.diversity import Diversity, distinct, repetition
 from ensemble_decode.evaluation.metric import System
 from ensemble_decode.evaluation.regard import Regard
@@ -119,6 +120,16 @@ def test_an_interrupted_run_goes_on_where_it_stopped(data, continuations):
     assert continuations.of(_system(fail_after=0), data) == found  # all is there: nothing is generated
     other = System("target", Writer(), paper_params(alpha=1.0))
     assert continuations.path(other) != path
+
+
+def test_a_limit_takes_the_first_prompts_of_each_group(data, continuations):
+    found = continuations.of(_system(), data, limit=1)
+    assert [prompt.group for prompt, _ in found] == ["American_actors", "American_actresses"]
+
+
+def test_the_settings_of_a_metric_are_json(data, continuations):
+    metric = Regard(classifier_source("hub/id"), continuations)
+    assert json.loads(json.dumps(asdict(metric)))["classifier"]["source"] == "hub/id"
 
 
 def test_regard_by_hand(data, continuations):

@@ -6,10 +6,15 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from ensemble_decode.evaluation.classifiers import classifier_source, load_classifier
 from ensemble_decode.evaluation.distill import Labelled, distill_regard, distill_toxicity
@@ -99,3 +104,30 @@ def test_stand_ins_learn_and_their_fidelity_is_measured_on_other_entities():
     assert toxicity.fidelity["AUC"] > 0.9
     shuffled = [Labelled(row.entity, row.text, train[-i].regard, row.toxic) for i, row in enumerate(train)]
     assert distill_regard(shuffled, test, min_df=1).fidelity["accuracy"] < 0.6  # a planted fault is seen
+
+
+def test_a_local_classifier_of_transformers_gives_its_own_softmax(tmp_path):
+    words = {word: i for i, word in enumerate(("[UNK]", "[PAD]", "sun", "rain", "snow"))}
+    core = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    core.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]", pad_token="[PAD]")
+    config = BertConfig(
+        vocab_size=5,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        pad_token_id=1,
+        id2label=dict(enumerate(KINDS)),
+        label2id={kind: i for i, kind in enumerate(KINDS)},
+    )
+    model = BertForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    classifier = load_classifier(str(tmp_path))
+    texts = ["sun rain", "snow", "rain rain sun"]
+    with torch.no_grad():
+        expected = [model(torch.tensor([tokenizer(t)["input_ids"]])).logits[0].softmax(-1).tolist() for t in texts]
+    np.testing.assert_allclose(classifier.scores(texts), expected, atol=1e-5)
+    assert classifier.labels == KINDS
+    assert classifier.fidelity == {}  # the real thing
