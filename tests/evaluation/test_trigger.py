@@ -42,7 +42,9 @@ def test_the_gradient_is_the_slope_of_the_loss(model):
     with torch.no_grad():
         ahead = search._batch_loss(embedded + step * direction, search._rows)
         behind = search._batch_loss(embedded - step * direction, search._rows)
-    assert float((ahead - behind) / (2 * step)) == pytest.approx(float((gradient * direction).sum()), rel=0.02, abs=1e-3)
+    assert float((ahead - behind) / (2 * step)) == pytest.approx(
+        float((gradient * direction).sum()), rel=0.02, abs=1e-3
+    )
 
 
 def test_a_loss_in_batches_with_padding_equals_one_example_at_a_time(model):
