@@ -53,7 +53,7 @@ def distill_regard(train: Sequence[Labelled], test: Sequence[Labelled], min_df: 
     weights = np.array([NATURAL_REGARD[label] / np.mean(labels == label) for label in NATURAL_REGARD])
     sample_weight = weights[[list(NATURAL_REGARD).index(label) for label in labels]]
     vectorizer, features = _features([mask_entity(row.text, row.entity) for row in train], min_df)
-    model = _regression(4.0).fit(features, labels, sample_weight=sample_weight)
+    model = _regression(16.0).fit(features, labels, sample_weight=sample_weight)
     truth = [row.regard for row in test]
     predicted = model.predict(vectorizer.transform([mask_entity(row.text, row.entity) for row in test]))
     fidelity = {
