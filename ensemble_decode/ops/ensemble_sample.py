@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
+import os
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -11,12 +11,8 @@ from torch import Tensor
 
 from . import library, reference
 
-_SCHEMAS = {  # as in csrc/bindings/ensemble_sample.cpp
-    "ensemble_sample": "(Tensor target, Tensor? expert, Tensor? anti_expert, Tensor? alpha, Tensor temperature, "
-    "Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, Tensor position, bool nucleus_target, "
-    "bool target_is_combined) -> (Tensor, Tensor, Tensor)",
-    "combine_out": "(Tensor target, Tensor? expert, Tensor? anti_expert, Tensor? alpha, Tensor(a!) out) -> ()",
-}
+#: Whether the operators were built with the CUDA kernels of csrc/cuda.
+_has_cuda_kernels: bool = library.available and hasattr(torch.ops.ensemble_decode, "ensemble_sample_cuda")
 
 
 class EnsembleSample(NamedTuple):
@@ -100,7 +96,7 @@ def ensemble_sample(
         _rows_of(seed, (rows,), torch.int64, target),
         _rows_of(position, (rows,), torch.int64, target),
     )
-    if target.is_cuda or (library.available and target.is_cpu):
+    if library.serves(target) or (_has_cuda_kernels and target.is_cuda):
         return EnsembleSample(
             *torch.ops.ensemble_decode.ensemble_sample(
                 target, expert, anti_expert, *parameters, nucleus == "target", target_is_combined
@@ -141,7 +137,7 @@ def combine(
         float32 [B, V]; ``out`` where it is given.
     """
     weights = None if expert is None else _rows_of(alpha, (target.shape[0], expert.shape[0]), torch.float32, target)
-    if target.is_cuda or (library.available and target.is_cpu):
+    if library.serves(target):
         if out is None:
             out = torch.empty(target.shape, dtype=torch.float32, device=target.device)
         torch.ops.ensemble_decode.combine_out(target, expert, anti_expert, weights, out)
@@ -189,7 +185,35 @@ def _rows_of(value: Any, shape: tuple[int, ...], dtype: torch.dtype, like: Tenso
     return torch.full(shape, value, dtype=dtype, device=like.device)
 
 
-# ── CUDA tensors: Triton ────────────────────────────────────────────────────────────────────────────────────────────
+# ── CUDA tensors: Triton or CUDA C++ ────────────────────────────────────────────────────────────────────────────────
+def _runs_cuda_kernels(capability: tuple[int, int] | None) -> bool:
+    """Whether a device's rows are sampled by CUDA C++ (csrc/cuda) or by Triton (kernels/).
+
+    CUDA C++ where it is compiled in and the device forms clusters (9.0 and later): one read of the logits there, fewer
+    instructions a row than Triton's form of it, clusters of a portable size, and nothing to compile at run time. Elsewhere
+    Triton's two launches, which split a row over the chip and keep no scores in memory. It never depends on the batch.
+
+    Parameters
+    ----------
+    capability : (int, int) or None
+        Of an NVIDIA device; None for AMD's.
+
+    Raises
+    ------
+    ValueError
+        ``ENSEMBLE_DECODE_SAMPLER`` names a back end that doesn't exist, or that this installation doesn't have.
+    """
+    wanted = os.environ.get("ENSEMBLE_DECODE_SAMPLER", "auto")
+    usable = {"triton": library.has_triton, "cuda": _has_cuda_kernels and capability is not None}
+    if wanted == "auto":
+        return usable["cuda"] and (not usable["triton"] or (capability or (0, 0)) >= (9, 0))
+    if not usable.get(wanted, False):
+        allowed = ", ".join(repr(name) for name in ("auto", *(name for name, there in usable.items() if there)))
+        raise ValueError(f"ENSEMBLE_DECODE_SAMPLER is {wanted!r}, allowed here are {allowed}")
+    return wanted == "cuda"
+
+
+@library.on_cuda("ensemble_sample")
 def _ensemble_sample_cuda(
     target: Tensor,
     expert: Tensor | None,
@@ -204,6 +228,12 @@ def _ensemble_sample_cuda(
     nucleus_target: bool,
     target_is_combined: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    filters = (temperature, top_k, top_p, min_p, seed, position)
+    capability = library.capability(target)
+    if _runs_cuda_kernels(capability):
+        return torch.ops.ensemble_decode.ensemble_sample_cuda(
+            target, expert, anti_expert, alpha, *filters, nucleus_target, target_is_combined
+        )
     _check_logits("ensemble_sample", target, expert, anti_expert, alpha)
     if target_is_combined:
         _require(expert is None, "ensemble_sample: target_is_combined is true, but experts are given")
@@ -219,31 +249,28 @@ def _ensemble_sample_cuda(
         ("seed", seed, torch.int64),
         ("position", position, torch.int64),
     ):
-        _check_tensor("ensemble_sample", name, value, dtype, (target.shape[0],))
+        _check_tensor("ensemble_sample", name, value, dtype, (target.shape[0],), target)
         _require(value.is_contiguous(), f"ensemble_sample: {name} must be contiguous")
-    filters = (temperature, top_k, top_p, min_p, seed, position)
     from ensemble_decode.kernels import ensemble_sample as kernel
 
-    capability = None if torch.version.hip else torch.cuda.get_device_capability(target.device)
     launches, results = kernel.plan(
         target, expert, anti_expert, alpha, *filters, nucleus_target, target_is_combined, capability=capability
     )
-    with torch.cuda.device(target.device):
-        for launch in launches:
-            launch()
+    for launch in launches:
+        launch()
     return results
 
 
+@library.on_cuda("combine_out")
 def _combine_out_cuda(
     target: Tensor, expert: Tensor | None, anti_expert: Tensor | None, alpha: Tensor | None, out: Tensor
 ) -> None:
     _check_logits("combine", target, expert, anti_expert, alpha)
-    _check_tensor("combine", "out", out, torch.float32, tuple(target.shape))
+    _check_tensor("combine", "out", out, torch.float32, tuple(target.shape), target)
     from ensemble_decode.kernels import combine as kernel
 
-    with torch.cuda.device(target.device):
-        for launch in kernel.plan(target, expert, anti_expert, alpha, out, warp_size=64 if torch.version.hip else 32):
-            launch()
+    for launch in kernel.plan(target, expert, anti_expert, alpha, out, warp_size=64 if torch.version.hip else 32):
+        launch()
 
 
 def _require(condition: bool, message: str) -> None:
@@ -251,8 +278,11 @@ def _require(condition: bool, message: str) -> None:
         raise RuntimeError(message)
 
 
-def _check_tensor(op: str, name: str, value: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    _require(value.is_cuda, f"{op}: {name} is on {value.device}, it must be on the target's device")
+def _check_tensor(
+    op: str, name: str, value: Tensor, dtype: torch.dtype, shape: tuple[int, ...], target: Tensor
+) -> None:
+    where = f"it must be on target's device, {target.device}"
+    _require(value.device == target.device, f"{op}: {name} is on {value.device}, {where}")
     _require(value.dtype == dtype, f"{op}: {name} is {value.dtype}, it must be {dtype}")
     _require(tuple(value.shape) == shape, f"{op}: {name} is {list(value.shape)}, it must be {list(shape)}")
     dense = value.shape[-1] <= 1 or value.stride(-1) == 1
@@ -262,11 +292,10 @@ def _check_tensor(op: str, name: str, value: Tensor, dtype: torch.dtype, shape: 
 def _check_logits(
     op: str, target: Tensor, expert: Tensor | None, anti_expert: Tensor | None, alpha: Tensor | None
 ) -> None:
-    _require(importlib.util.find_spec("triton") is not None, f"{op}: CUDA tensors need Triton, which is not installed")
     _require(target.dim() == 2, f"{op}: target is {list(target.shape)}, it must be [batch, vocabulary]")
     kinds = (torch.float32, torch.bfloat16, torch.float16)
-    _require(target.dtype in kinds, f"{op}: target must be float32, bfloat16 or float16")
-    _check_tensor(op, "target", target, target.dtype, tuple(target.shape))
+    _require(target.dtype in kinds, f"{op}: target is {target.dtype}, it must be float32, bfloat16 or float16")
+    _check_tensor(op, "target", target, target.dtype, tuple(target.shape), target)
     rows, vocab = target.shape
     _require(1 <= vocab <= 1 << 24, f"{op}: target has {vocab} tokens, allowed are 1 to {1 << 24}")
     if expert is None:
@@ -275,31 +304,29 @@ def _check_logits(
     _require(expert.dim() == 3, f"{op}: expert is {list(expert.shape)}, it must be [pairs, batch, vocabulary]")
     pairs = expert.shape[0]
     _require(pairs <= 64, f"{op}: expert has {pairs} pairs, at most 64 are allowed")
-    _check_tensor(op, "expert", expert, target.dtype, (pairs, rows, vocab))
+    _check_tensor(op, "expert", expert, target.dtype, (pairs, rows, vocab), target)
     if anti_expert is not None:
-        _check_tensor(op, "anti_expert", anti_expert, target.dtype, (pairs, rows, vocab))
+        _check_tensor(op, "anti_expert", anti_expert, target.dtype, (pairs, rows, vocab), target)
     if alpha is None:
         raise RuntimeError(f"{op}: alpha is None, it must be [batch, pairs] where there are experts")
-    _check_tensor(op, "alpha", alpha, torch.float32, (rows, pairs))
+    _check_tensor(op, "alpha", alpha, torch.float32, (rows, pairs), target)
 
 
-if not library.available:
-    for _name, _schema in _SCHEMAS.items():
-        torch.library.define(f"ensemble_decode::{_name}", _schema)
-torch.library.impl("ensemble_decode::ensemble_sample", "CUDA", _ensemble_sample_cuda)
-torch.library.impl("ensemble_decode::combine_out", "CUDA", _combine_out_cuda)
+if library.available:
+
+    @torch.library.register_fake("ensemble_decode::ensemble_sample")
+    def _ensemble_sample_fake(target: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+        rows = target.shape[0]
+        return (
+            target.new_empty(rows, dtype=torch.int64),
+            target.new_empty(rows, dtype=torch.float32),
+            target.new_empty(rows, dtype=torch.float32),
+        )
+
+    @torch.library.register_fake("ensemble_decode::combine_out")
+    def _combine_out_fake(*_: Any) -> None:
+        return None
 
 
-@torch.library.register_fake("ensemble_decode::ensemble_sample")
-def _ensemble_sample_fake(target: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    rows = target.shape[0]
-    return (
-        target.new_empty(rows, dtype=torch.int64),
-        target.new_empty(rows, dtype=torch.float32),
-        target.new_empty(rows, dtype=torch.float32),
-    )
-
-
-@torch.library.register_fake("ensemble_decode::combine_out")
-def _combine_out_fake(*_: Any) -> None:
-    return None
+if _has_cuda_kernels:
+    torch.library.register_fake("ensemble_decode::ensemble_sample_cuda", _ensemble_sample_fake)

@@ -1,7 +1,8 @@
 """Loads the compiled operators (``ensemble_decode/_C.abi3.so``), or says once, loudly, that there are none.
 
 The library defines every operator's schema and its CPU implementation. On CUDA tensors an operator is a Python function
-over Triton kernels (``ensemble_decode/kernels``), registered here under the same schema.
+over Triton kernels (``ensemble_decode/kernels``), registered here under the same schema; that of the sampler may choose the
+library's CUDA kernels instead.
 """
 
 from __future__ import annotations
@@ -48,6 +49,11 @@ def packs(tensor: Tensor) -> bool:
     return available and tensor.is_cpu
 
 
+def capability(tensor: Tensor) -> tuple[int, int] | None:
+    """The compute capability of a CUDA tensor's device; None where that is AMD's."""
+    return None if torch.version.hip else torch.cuda.get_device_capability(tensor.device)
+
+
 def on_cuda(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a function as the operator's CUDA implementation; it runs with the first tensor's device current."""
 
@@ -58,7 +64,7 @@ def on_cuda(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
                 return function(first, *args, **kwargs)
 
         cuda_implementations[name] = guarded
-        if available and has_triton:
+        if available:
             torch.library.impl(f"ensemble_decode::{name}", "CUDA")(guarded)
         return guarded
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from triton.runtime.jit import JITFunction
 
 from ensemble_decode.ops import library
 
+from ..ops.sampling_cases import Case
+from . import cuda_cases
 from .interp import Traffic, run
 
 
@@ -90,17 +93,37 @@ def memory_starts_as_nan() -> Iterator[None]:
 
 
 @contextmanager
-def standing_in(**options: Any) -> Iterator[Counter[str]]:
-    """CPU tensors count as CUDA tensors for every operator that has a CUDA implementation in Python."""
+def standing_in(capability: tuple[int, int] = (8, 0), **options: Any) -> Iterator[Counter[str]]:
+    """CPU tensors count as CUDA tensors, of a device of ``capability``, for every operator with a CUDA implementation."""
     overrides = torch.library.Library("ensemble_decode", "IMPL")
-    packs = library.packs
+    packs, of_device = library.packs, library.capability
     with interpreted(**options) as seen, memory_starts_as_nan(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says of every override that it is one
         for name, implementation in library.cuda_implementations.items():
             overrides.impl(name, implementation, "CPU", allow_override=True)
         library.packs = lambda tensor: False  # type: ignore[assignment]
+        library.capability = lambda tensor: capability  # type: ignore[assignment]
         try:
             yield seen
         finally:
-            library.packs = packs  # type: ignore[assignment]
+            library.packs, library.capability = packs, of_device  # type: ignore[assignment]
             overrides._destroy()
+
+
+@contextmanager
+def cuda_source_standing_in(program: Path) -> Iterator[Counter[str]]:
+    """``ensemble_sample_cuda`` on CPU tensors runs csrc/cuda as ``program`` (:func:`.cuda_cases.build`); counts calls."""
+    overrides = torch.library.Library("ensemble_decode", "IMPL")
+    seen: Counter[str] = Counter()
+
+    def call(*arguments: Any) -> tuple[torch.Tensor, ...]:
+        *tensors, nucleus_target, target_is_combined = arguments
+        case = Case(*tensors, "target" if nucleus_target else "combined", target_is_combined)
+        seen["ensemble_sample_cuda"] += 1
+        return tuple(x.clone() for x in cuda_cases.run(program, [case])[0])  # of memory of their own
+
+    overrides.impl("ensemble_sample_cuda", call, "CPU")
+    try:
+        yield seen
+    finally:
+        overrides._destroy()

@@ -49,6 +49,7 @@ def test_a_steered_text_is_the_cpus(models: Models) -> None:
     with standing_in() as seen:
         on_stand_in = texts()
     assert seen["down"] > 0
+    assert seen["resolve_kernel"] == 3  # a step each
     assert on_stand_in == texts()
 
 
@@ -94,7 +95,7 @@ def test_a_forward_never_waits_for_the_device(name: str, monkeypatch: pytest.Mon
 
 @needs_library
 def test_every_operator_has_a_cuda_implementation() -> None:
-    assert set(OPERATORS) <= set(library.cuda_implementations)
+    assert {*OPERATORS, "ensemble_sample", "combine_out"} <= set(library.cuda_implementations)
     for name in library.cuda_implementations:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ensemble_decode::{name}", "CUDA")
 
