@@ -22,18 +22,24 @@ COMPILER = shutil.which("g++")
 _DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def build(program: Path, sanitizers: str = "", threads: int = 512, sources: Path = SOURCES, defines: str = "") -> Path:
-    """Compiles the kernels in ``sources`` for the CPU, optionally under sanitizers and with smaller blocks."""
+def compile_for_cpu(source: Path, program: Path, *options: str, sources: Path = SOURCES) -> None:
+    """Compiles C++ that includes the kernels of ``sources``, with the shim before it."""
     command = [
         str(COMPILER), "-std=c++17", "-O1", "-g1", "-ffp-contract=off", "-pthread", "-Wall", "-Werror",
         "-Wno-unknown-pragmas", f"-I{SHIM}", f"-I{sources / 'cuda'}", "-include", "cuda_on_cpu.h",
-        f"-DED_CUDA_THREADS={threads}", str(SHIM / "ensemble_sample_on_cpu.cc"), "-o", str(program),
+        *options, str(source), "-o", str(program),
     ]  # fmt: skip
-    if defines:
-        command.append(f"-D{defines}")
-    if sanitizers:
-        command += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
     subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+
+
+def build(program: Path, sanitizers: str = "", threads: int = 512, sources: Path = SOURCES, defines: str = "") -> Path:
+    """The program that runs cases, optionally under sanitizers and with smaller blocks."""
+    options = [f"-DED_CUDA_THREADS={threads}"]
+    if defines:
+        options.append(f"-D{defines}")
+    if sanitizers:
+        options += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
+    compile_for_cpu(SHIM / "ensemble_sample_on_cpu.cc", program, *options, sources=sources)
     return program
 
 

@@ -6,19 +6,22 @@ sm_100). Every run has all checks of the simulator on. ``ENSEMBLE_DECODE_FULL_GR
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import itertools
 import math
 import os
 import re
+import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
 from ensemble_decode.ops import EnsembleSample, reference
-from tests.gpuless import cuda_sample
+from tests.gpuless import cuda_cases, cuda_sample
 from tests.gpuless.ptxsim import PtxError
 from tests.ops.sampling_cases import Case, Judge, endless, make_case
 
@@ -167,6 +170,30 @@ def test_order_of_ctas_and_errors_of_approximations_change_nothing(backend: Modu
         for seed in range(1 + FULL):
             result, _ = backend.run(case, arch, form, order="random", approximate=True, seed=seed)
             assert result.token.tolist() == want
+
+
+@pytest.mark.skipif(cuda_cases.COMPILER is None, reason="no g++")
+def test_what_the_simulator_passes_is_laid_out_as_in_the_headers(tmp_path: Path) -> None:
+    structures = (cuda_sample.SampleArgs, cuda_sample.Workspace)
+    fields = [(x.__name__, name, getattr(x, name).offset) for x in structures for name, *_ in x._fields_]
+    sizes = [(x.__name__, ctypes.sizeof(x)) for x in structures]
+    constants = ("kThreads", "kCluster", "kVisitSlice", "kGrain", "sizeof(Sums)")
+    expected = [*(f"{n} {size}" for n, size in sizes), *(f"{n}.{field} {at}" for n, field, at in fields)]
+    expected.append(" ".join(map(str, cuda_sample.CONSTANTS)))
+    lines = [
+        '#include "ensemble_sample.cuh"',
+        "using namespace ensemble_decode;",
+        "using namespace ensemble_decode::cuda;",
+        "int main() {",
+        *(f'  std::printf("{n} %zu\\n", sizeof({n}));' for n, _ in sizes),
+        *(f'  std::printf("{n}.{field} %zu\\n", offsetof({n}, {field}));' for n, field, _ in fields),
+        f'  std::printf("%d %d %d %d %d\\n", {", ".join(f"static_cast<int>({x})" for x in constants)});',
+        "}",
+    ]
+    source, program = tmp_path / "layout.cc", tmp_path / "layout"
+    source.write_text("\n".join(lines))
+    cuda_cases.compile_for_cpu(source, program)
+    assert subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines() == expected
 
 
 # ── planted bugs ────────────────────────────────────────────────────────────────────────────────────────────────────
