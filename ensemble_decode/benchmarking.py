@@ -7,7 +7,8 @@ import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ensemble_decode import LLM, SamplingParams
+from ensemble_decode import LLM, RequestOutput, SamplingParams
+from ensemble_decode.engine.outputs import RequestMetrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,11 @@ class Measurement:
     tokens_per_s: float
     decode_tokens_per_s: float
     overhead: float  # share of a step outside forwards and sampling
+    #: With speculation, over all rounds: drafted and accepted tokens, new tokens a target forward, seconds saved.
+    drafted: int = 0
+    accepted: int = 0
+    tokens_per_forward: float = 1.0
+    saved_s: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -47,6 +53,7 @@ def measure(
     params = replace(params or SamplingParams(top_p=0.9, seed=1), max_tokens=new_tokens, ignore_eos=True)
     vocab_size = llm.engine.layout.vocab_size
     totals, firsts, shares = [], [], []
+    outputs: list[RequestOutput] = []
     llm.generate(prompts(1, 8, vocab_size), replace(params, max_tokens=2), use_tqdm=False)  # warm-up
     for number in range(rounds):
         # Other tokens every round, or the prefix cache would skip the prefill.
@@ -60,7 +67,7 @@ def measure(
         ids = [[t % (vocab_size - 1) + 1 for t in prompt] for prompt in ids]
         before = dict(llm.engine.timings)
         start = time.perf_counter()
-        llm.generate(ids, params, use_tqdm=False)
+        outputs += llm.generate(ids, params, use_tqdm=False)
         totals.append(time.perf_counter() - start)
         spent = {key: value - before.get(key, 0.0) for key, value in llm.engine.timings.items()}
         shares.append(1 - (spent["forward"] + spent["sample"]) / spent["total"])
@@ -76,4 +83,15 @@ def measure(
         batch * new_tokens / total,
         batch / step,
         statistics.median(shares),
+        *_speculated([output.metrics for output in outputs]),
+    )
+
+
+def _speculated(metrics: list[RequestMetrics]) -> tuple[int, int, float, float]:
+    forwards = sum(m.target_forwards for m in metrics)
+    return (
+        sum(m.drafted_tokens for m in metrics),
+        sum(m.accepted_tokens for m in metrics),
+        sum(m.new_tokens for m in metrics) / forwards if forwards else 1.0,
+        sum(m.saved_seconds for m in metrics),
     )

@@ -31,6 +31,8 @@ examples:
       prompts from standard input, one a line
   ensemble-decode explain "The nurse said that" --pair gender=demo --html why.html
       what every pair did to every token, in the terminal and as a page
+  ensemble-decode generate --speculate ngram -f prompts.txt
+      the same text, sooner where it repeats itself
   ensemble-decode bench --pair gender=demo --batch 1 8 32
       tokens a second on this machine, plain and steered
   ensemble-decode train out/gender --redditbias data --axis gender

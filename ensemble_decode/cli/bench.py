@@ -41,13 +41,17 @@ def run(args: argparse.Namespace) -> int:
     if args.pair:
         settings.append(("steered", parse_alpha(args.alpha)))
     results = []
-    with tqdm(total=len(settings) * len(args.batch), disable=args.json or not sys.stderr.isatty()) as bar:
+    speculator = llm.engine.speculator
+    modes = [None] if speculator is None else [None, speculator]  # without and with, in turn, in one process
+    with tqdm(total=len(settings) * len(args.batch) * len(modes), disable=args.json or not sys.stderr.isatty()) as bar:
         for batch in args.batch:
             for label, alpha in settings:
                 params = SamplingParams(alpha=alpha, top_p=0.9, seed=1)
-                found = measure(llm, batch, args.prompt_tokens, args.new_tokens, params, args.rounds)
-                results.append({"setting": label, **found.as_dict()})
-                bar.update()
+                for mode in modes:
+                    llm.engine.speculator = mode
+                    found = measure(llm, batch, args.prompt_tokens, args.new_tokens, params, args.rounds)
+                    results.append({"setting": label, "speculates": mode is not None, **found.as_dict()})
+                    bar.update()
     if args.json:
         print(json.dumps(results, indent=1))
         return 0
@@ -56,5 +60,18 @@ def run(args: argparse.Namespace) -> int:
         print(
             f"{result['setting']:14}{result['batch']:>6}{result['tokens_per_s']:>9.0f}{result['decode_tokens_per_s']:>14.0f}"
             f"{result['step_s'] * 1e3:>10.1f}{result['first_token_s'] * 1e3:>17.0f}{result['overhead']:>10.1%}"
+            + _speculation(result)
         )
     return 0
+
+
+def _speculation(result: dict[str, Any]) -> str:
+    """What a speculating run did; its "step" is the time of one token a sequence."""
+    if not result["speculates"]:
+        return ""
+    if not result["drafted"]:
+        return "  speculating: nothing drafted"
+    return (
+        f"  speculating: {result['accepted'] / result['drafted']:.0%} of {result['drafted']} accepted, "
+        f"{result['tokens_per_forward']:.2f} tokens a forward, {result['saved_s']:.2f} s saved"
+    )

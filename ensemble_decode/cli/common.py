@@ -33,6 +33,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-num-seqs", type=int, default=64, help="sequences decoded at once (default 64)")
     parser.add_argument("--max-model-len", type=int, help="longest sequence, prompt and output (default: the model's)")
     parser.add_argument("--placement", default="auto", help="where model groups run: auto, sequential or lanes")
+    parser.add_argument(
+        "--speculate",
+        metavar="expert|ngram|MODEL",
+        help="draft tokens and verify several in one step, which changes none: by the first pair's expert, by what followed "
+        "in the text before, or by a model of the same vocabulary",
+    )
+    parser.add_argument("--draft-tokens", type=int, default=4, help="most tokens drafted in a step (default 4)")
 
 
 def parse_alpha(text: str | None) -> float | dict[str, float] | None:
@@ -49,7 +56,7 @@ def parse_alpha(text: str | None) -> float | dict[str, float] | None:
 
 def load_model(args: argparse.Namespace) -> LLM:
     """The model and pairs that the flags of :func:`add_model` name."""
-    from ensemble_decode import LLM, ExpertPair
+    from ensemble_decode import LLM, ExpertPair, Speculation
     from ensemble_decode.demo import PAIR
 
     pairs = {}
@@ -72,6 +79,7 @@ def load_model(args: argparse.Namespace) -> LLM:
         from ensemble_decode.models.smollm2 import smollm2_path
 
         model = str(smollm2_path())
+    speculation = None if args.speculate is None else Speculation(args.speculate, args.draft_tokens)
     return LLM(
         model,
         pairs=pairs,
@@ -79,4 +87,5 @@ def load_model(args: argparse.Namespace) -> LLM:
         max_num_seqs=args.max_num_seqs,
         max_model_len=args.max_model_len,
         placement=args.placement,
+        speculation=speculation,
     )
