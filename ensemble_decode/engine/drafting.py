@@ -28,6 +28,8 @@ class Acceptance:
         """Take in a step: ``accepted`` of ``drafted`` tokens agreed, and nothing is known of those after the first that didn't."""
         for agreed in [1.0] * accepted + [0.0] * (accepted < drafted):
             self.rate += _WEIGHT * (agreed - self.rate)
+        if accepted and accepted == drafted:
+            self.pause = self.waited = _PAUSE  # a try that went well is followed by the next one at once
 
     def depth(self, most: int, sequences: int, verify: Seconds, draft: Seconds) -> int:
         """How many tokens to draft in a step; see :func:`best_depth`. Where none pay, one is tried now and then."""

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from ensemble_decode import SamplingParams, Speculation
+from ensemble_decode import LLM, ExpertPair, SamplingParams, Speculation
 from ensemble_decode.engine.batch import SampleRow
+from ensemble_decode.engine.drafting import Acceptance, NgramIndex, best_depth
+from tests.conftest import VOCAB as MODEL_VOCAB
+from tests.conftest import Models
 
 from .fake import LAYOUT, VOCAB, assert_no_leak, expected, make_engine, run
 
@@ -72,7 +76,7 @@ class Oracle:
         return (token + (hash(own) % 8 < self.wrong)) % VOCAB
 
 
-@settings(QUIET, max_examples=250)
+@settings(QUIET, max_examples=60)
 @given(st.data())
 def test_text_is_that_without_speculation(data: st.DataObject) -> None:
     """Whatever is drafted, in whatever company, with room for all or for few: what the definition says."""
@@ -125,3 +129,167 @@ def test_text_is_that_without_speculation(data: st.DataObject) -> None:
                 assert sample.logprobs is not None
                 assert [next(iter(entry)) for entry in sample.logprobs] == want.tokens
     assert_no_leak(engine)
+
+
+# ── real models ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+def pairs_of(kind: str, models: Models) -> dict[str, ExpertPair]:
+    plus, minus = models.adapter("llama", 1), models.adapter("llama", 2)
+    lora, full = ExpertPair(plus, minus), ExpertPair(models.model("llama", 1), models.model("llama", 2))
+    return {
+        "no pair": {},
+        "lora pair": {"a": lora},
+        "full experts": {"a": full},
+        "prompts": {"a": ExpertPair.from_prompts(anti_expert="", alpha=0.6)},
+        "several": {"a": lora, "b": full, "c": ExpertPair.from_prompts(anti_expert="", alpha=0.6)},
+    }[kind]
+
+
+def loaded(kind: str, draft: str, models: Models) -> tuple[LLM, LLM]:
+    """The same models with and without speculation, with little memory and small steps in the speculating one."""
+    path = models.model("llama")
+    # Drafts of some use: the target itself with a small change.
+    names = {"same": models.adapter("llama", 3), "other": models.model("llama", 4)}
+    speculation = Speculation(names.get(draft, draft), 3, adaptive=False)
+    plain = LLM(path, pairs_of(kind, models), dtype="float32", placement="sequential")
+    blocks = 36 * plain.ensemble.bytes_per_block
+    if draft in names:
+        blocks *= 2
+    return plain, LLM(
+        path,
+        pairs_of(kind, models),
+        dtype="float32",
+        placement="sequential",
+        speculation=speculation,
+        kv_cache_bytes=blocks,
+        max_num_batched_tokens=24,
+    )
+
+
+CASES = [
+    ("no pair", "ngram"),
+    ("no pair", "other"),
+    ("lora pair", "expert"),
+    ("full experts", "expert"),
+    ("prompts", "same"),
+    ("several", "expert"),
+    ("several", "ngram"),
+]
+
+
+@pytest.mark.parametrize(("kind", "draft"), CASES, ids=[f"{kind}-{draft}" for kind, draft in CASES])
+def test_text_and_logprobs_of_real_models(kind: str, draft: str, models: Models) -> None:
+    """fp32: the same tokens, and log-probabilities that are close."""
+    plain, fast = loaded(kind, draft, models)
+    layout = fast.engine.layout
+    alpha = st.sampled_from([None, 0.0, *({pair.name: 0.4} for pair in layout.pairs)])
+
+    @settings(QUIET, max_examples=10)
+    @given(st.lists(st.tuples(requests(MODEL_VOCAB), alpha), min_size=1, max_size=5))
+    def check(work: list) -> None:
+        prompts = [prompt for (prompt, _), _ in work]
+        params = [replace(p, alpha=a) for (_, p), a in work]
+        for one, other in zip(
+            plain.generate(prompts, params, use_tqdm=False), fast.generate(prompts, params, use_tqdm=False), strict=True
+        ):
+            for want, got in zip(one.outputs, other.outputs, strict=True):
+                assert got.token_ids == want.token_ids
+                assert (got.finish_reason, got.stop_reason) == (want.finish_reason, want.stop_reason)
+                assert (got.logprobs is None) == (want.logprobs is None)
+                for ours, theirs in zip(got.logprobs or [], want.logprobs or [], strict=True):
+                    assert list(ours) == list(theirs)
+                    for token in ours:
+                        assert ours[token].logprob == pytest.approx(theirs[token].logprob, abs=1e-5)
+
+    check()
+    assert fast.stats["drafted"] > 0
+    assert fast.engine.blocks.num_free == fast.runner.num_blocks
+
+
+def test_statistics_add_up(models: Models) -> None:
+    llm = LLM(models.model("llama"), dtype="float32", speculation=Speculation("ngram", 4, adaptive=False))
+    output = llm.generate([[5, 6, 7, 8] * 8], SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True))[0]
+    metrics, stats = output.metrics, llm.stats
+    assert metrics.new_tokens == 60
+    assert stats["new_tokens"] == 60
+    assert metrics.new_tokens == metrics.target_forwards + metrics.accepted_tokens
+    assert 0 <= metrics.accepted_tokens <= metrics.drafted_tokens == stats["drafted"]
+    assert stats["tokens_per_forward"] == metrics.tokens_per_forward == 60 / metrics.target_forwards
+    if metrics.drafted_tokens:
+        assert metrics.acceptance_rate == metrics.accepted_tokens / metrics.drafted_tokens
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"draft": ""}, "draft is ''"),
+        ({"draft": 3}, "draft is 3"),
+        ({"tokens": 0}, "tokens is 0, allowed is 1 … 16"),
+        ({"tokens": True}, "tokens is True"),
+        ({"adaptive": 1}, "adaptive is 1"),
+    ],
+)
+def test_wrong_options(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Speculation(**options)
+
+
+def test_an_expert_needs_a_pair(models: Models) -> None:
+    with pytest.raises(ValueError, match="there are no pairs"):
+        LLM(models.model("llama"), dtype="float32", speculation=Speculation("expert"))
+
+
+# ── depth ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_depth_follows_acceptance_and_cost() -> None:
+    def flat(rows: int) -> float:
+        return 1.0
+
+    def tenth(rows: int) -> float:
+        return 0.1
+
+    def by_row(rows: int) -> float:
+        return float(rows)
+
+    depths = [best_depth(rate, 8, 1, flat, tenth) for rate in (0.0, 0.3, 0.6, 0.9, 1.0)]
+    assert depths == sorted(depths)
+    assert depths[0] == 0
+    assert depths[-1] == 8
+    assert best_depth(1.0, 8, 1, flat, flat) == 0, "a draft as dear as the target never pays"
+    assert best_depth(1.0, 8, 8, by_row, tenth) == 0, (
+        "where a step's time grows with its rows, verifying costs what it saves"
+    )
+
+
+def test_what_never_agrees_is_soon_left_alone() -> None:
+    """Of 2,000 steps with a draft that is always wrong, few pay for one."""
+    acceptance, drafted = Acceptance(0.6), 0
+    for _ in range(2000):
+        depth = acceptance.depth(4, 1, lambda rows: 1.0, lambda rows: 0.3)
+        drafted += depth
+        acceptance.observe(0, depth)
+    assert drafted * 0.3 < 0.05 * 2000
+    for _ in range(600):  # and once it agrees again, it is found out
+        depth = acceptance.depth(4, 1, lambda rows: 1.0, lambda rows: 0.3)
+        acceptance.observe(depth, depth)
+        if depth > 1:
+            break
+    else:
+        raise AssertionError("never tried again")
+
+
+@given(st.lists(st.integers(0, 2), max_size=40), st.integers(1, 6))
+def test_ngrams_propose_what_followed(tokens: list[int], most: int) -> None:
+    """The index, fed piece by piece, proposes what a search through the text finds."""
+    index = NgramIndex()
+    for end in range(len(tokens)):
+        index.propose(tokens[:end], most)
+    found = index.propose(tokens, most)
+    for length in NgramIndex.LENGTHS:
+        ending = tokens[-length:]
+        starts = [i for i in range(length, len(tokens)) if tokens[i - length : i] == ending]
+        if len(tokens) >= length and starts:
+            text = list(tokens)
+            for i in range(most):
+                text.append(text[starts[-1] + i])
+            assert found == text[len(tokens) :]
+            return
+    assert found == []
