@@ -104,8 +104,9 @@ class Vllm:
 
     def close(self) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=60)
+        with suppress(OSError, subprocess.TimeoutExpired):  # Ctrl-C goes to vLLM's process too
+            self._process.stdin.close()
+            self._process.wait(timeout=60)
 
 
 def busy_elsewhere() -> float:
@@ -215,8 +216,7 @@ def main() -> None:
             file=sys.stderr,
         )
     if vllm is not None:
-        with suppress(OSError, subprocess.TimeoutExpired):  # Ctrl-C went to vLLM's process too
-            vllm.close()
+        vllm.close()
     report(times, args, placements, speculation, neighbours)
 
 
