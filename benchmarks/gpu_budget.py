@@ -63,7 +63,7 @@ def _row(name: str, machine: Any, figures: Any, arch: int, threads: int, dynamic
         "blocks_per_multiprocessor": blocks,
         "warps_per_multiprocessor": blocks * threads // 32,
         "fp64": figures.fp64,
-        "loads": " ".join(figures.loads),
+        "wide_loads": figures.wide_loads,
         "kib": sectors / 1024,
         "reads_of_the_logits": sum(machine.memory.loaded[n] for n in ("target", "expert", "anti")) / logits,
         "thousand_warp_instructions": executed / 1000,

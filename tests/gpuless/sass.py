@@ -18,13 +18,16 @@ _INCLUDE = Path(knobs.nvidia.ptxas.path).parents[1] / "include"
 
 @dataclass(frozen=True)
 class Figures:
-    """What the assembler made of one kernel. Shared memory is the static part, in bytes; ``local`` bytes are spills."""
+    """What the assembler made of one kernel. Shared memory is the static part, in bytes; ``local`` bytes are spills and stack.
+
+    ``wide_loads`` are instructions that load 16 bytes from global memory, ``instructions`` all but NOP.
+    """
 
     registers: int
     shared: int
     local: int
     instructions: int
-    loads: tuple[str, ...]
+    wide_loads: int
     loads_in_loops: tuple[str, ...]
     fp64: bool
 
@@ -52,7 +55,7 @@ def figures(cubin: bytes) -> dict[str, Figures]:
             found.get("SHARED", 0),
             found.get("LOCAL", 0) + found.get("STACK", 0),
             sum(n for op, n in ops.items() if op != "NOP"),
-            tuple(sorted(op for op in ops if op.startswith("LDG"))),
+            sum(n for op, n in ops.items() if re.match(r"LDG\.E(\.\w+)*\.128", op)),
             tuple(sorted(op for op in inside if op.startswith("LDG"))),
             uses_fp64(bodies[name]),
         )
@@ -62,7 +65,7 @@ def figures(cubin: bytes) -> dict[str, Figures]:
 @functools.cache
 def _calculator() -> Path:
     program = Path(tempfile.mkdtemp()) / "occupancy"
-    source = Path(__file__).with_name("sass_occupancy.cc")
+    source = Path(__file__).with_name("occupancy.cc")
     subprocess.run(["g++", "-std=c++17", f"-I{_INCLUDE}", str(source), "-o", str(program)], check=True)
     return program
 
