@@ -29,6 +29,7 @@ FULL = os.environ.get("ENSEMBLE_DECODE_FULL_GRID") == "1"
 FORMS = {"one-launch": True, "two-launches": False}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PAIRS = [(0, False), (1, False), (1, True), (2, False), (3, False), (3, True)]
+VOCABULARIES = [1, 3, 7, 1023, 4096, 4097, 32000, 50257, 128256]
 TOP_P = [1e-6, 0.05, 0.5, 0.9, 0.99, 1.0]
 forms = pytest.mark.parametrize("one_launch", FORMS.values(), ids=FORMS.keys())
 
@@ -55,19 +56,24 @@ def same(a: EnsembleSample, b: EnsembleSample) -> bool:
 
 
 # ── parity ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-@forms
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize("vocab", [1, 3, 7, 1023, 4096, 4097, 32000, 50257, 128256])
+def each_vocabulary() -> Iterator[object]:
+    """(V, type, form). Two launches of a long row are many programs to interpret: one type for each, or all of them."""
+    for vocab, dtype, (name, one_launch) in itertools.product(VOCABULARIES, DTYPES, FORMS.items()):
+        if FULL or one_launch or vocab <= 4097 or DTYPES.index(dtype) == VOCABULARIES.index(vocab) % 3:
+            yield pytest.param(vocab, dtype, one_launch, id=f"{vocab}-{str(dtype).removeprefix('torch.')}-{name}")
+
+
+@pytest.mark.parametrize(("vocab", "dtype", "one_launch"), each_vocabulary())
 def test_parity(vocab: int, dtype: torch.dtype, one_launch: bool, judge: Judge) -> None:
     """Sampled from the product of top-p, top-k, min-p, temperature, pairs, padding and nucleus; or all of it."""
     top_k = sorted({0, 1, 2, 50, vocab - 1, vocab})
     grid = list(itertools.product(TOP_P, top_k, [0.0, 0.02, 0.3], [1.0, 0.7, 2.0, 0.0]))
     parameters = endless(grid, seed=vocab + DTYPES.index(dtype))
     kinds = list(itertools.product(PAIRS, ("combined", "target")))
-    rows = len(grid) if FULL and vocab <= 4097 else 24 if FULL else 6 if vocab <= 4097 else 1
+    rows = len(grid) if FULL and vocab <= 4097 else 24 if FULL else 4 if vocab <= 4097 else 1
     if not FULL:
         first = 5 * DTYPES.index(dtype) + vocab  # each type has other kinds
-        kinds = [kinds[(first + 5 * i) % len(kinds)] for i in range(3 if vocab <= 4097 else 1)]
+        kinds = [kinds[(first + 5 * i) % len(kinds)] for i in range(2 if vocab <= 4097 else 1)]
     for number, ((pairs, difference), nucleus) in enumerate(kinds):
         case = make_case(
             vocab,
@@ -92,14 +98,14 @@ def test_parity_with_more_pairs_than_are_unrolled(pairs: int, one_launch: bool, 
 @pytest.mark.parametrize("top_k", [0, 50])
 def test_a_staircase_longer_than_the_lists(top_k: int, judge: Judge) -> None:
     """Flat rows at a tiny p, whose answer lies many candidates in: the last program goes on alone."""
-    case = make_case(5000, [(0.001, top_k, 0.0, 1.0)] * 8, pairs=1)
+    case = make_case(5000, [(0.001, top_k, 0.0, 1.0)] * 4, pairs=1)
     case.target, case.expert, case.anti_expert = (
         torch.rand(shape, generator=torch.Generator().manual_seed(3))
-        for shape in ((8, 5000), (1, 8, 5000), (1, 8, 5000))
+        for shape in ((4, 5000), (1, 4, 5000), (1, 4, 5000))
     )
     operator = Interpreted(one_launch=False)
     judge.check(case, operator.sample(case))
-    assert operator.logits_read["target"] > 2.5 * 8 * 5000 * 4  # it did go on
+    assert operator.logits_read["target"] > 2.5 * 4 * 5000 * 4  # it did go on
 
 
 @forms
@@ -168,7 +174,7 @@ MIXED = [(0.9, 0, 0.0, 1.0), (1.0, 0, 0.0, 1.0), (0.5, 40, 0.0, 0.7), (0.05, 0, 
 def test_any_order_of_programs_without_races(schedule: str, judge: Judge) -> None:
     case = make_case(3500, MIXED, pairs=2, padding=12)
     once = Interpreted(one_launch=False).sample(case)
-    for order_seed in range(3 if schedule in ("shuffled", "preemptive") else 1):
+    for order_seed in range(2 if schedule in ("shuffled", "preemptive") else 1):
         got = Interpreted(False, schedule, order_seed, races=True).sample(case)
         assert same(got, once)
     judge.check(case, once)
