@@ -41,7 +41,12 @@ def make_tasks(
         decoding = {k: v for k, v in asdict(system.params).items() if k != "stops"}
         for metric in metrics:
             settings = {"metric": metric.name, **asdict(metric)}  # type: ignore[call-overload]
-            depends_on: dict[str, Any] = {"model": dict(model), "system": decoding, "prefix": system.prefix, "settings": settings}
+            depends_on: dict[str, Any] = {
+                "model": dict(model),
+                "system": decoding,
+                "prefix": system.prefix,
+                "settings": settings,
+            }
             depends_on |= {"data": str(data.resolve()), "limit": limit}
             tasks.append(Task(system, metric, depends_on))
     return tasks
