@@ -15,7 +15,7 @@ becomes a pair: expert/, anti_expert/, pair.json, README.md (the model card) and
 Killed or interrupted, the same command goes on from its last checkpoint and ends with the weights of an unbroken run.
 """
 _EPILOG = """\
-data, from a folder that you name (nothing is downloaded):
+data, from a folder that you name (nothing is downloaded); several sources are read one after another:
   --redditbias DIR --axis gender        the expert reads counterfactuals, the anti-expert the biased originals
   --stereoset DIR --axis religion       anti-stereotypes and stereotypes (don't evaluate such a pair on StereoSet)
   --expert A --anti-expert B            a text a line, or .jsonl with {"text": ...}; if both have as many lines,
@@ -23,6 +23,7 @@ data, from a folder that you name (nothing is downloaded):
 
 examples:
   ensemble-decode train out/gender --redditbias data --axis gender
+  ensemble-decode train out/race --redditbias data --swap both --axis race --expert mine.txt --anti-expert other.txt
   ensemble-decode train out/full --redditbias data --axis gender --rank 0 --lr 2e-5
   ensemble-decode train out/polite --expert polite.txt --anti-expert rude.txt -m my/model
   ensemble-decode generate "The nurse said that" --pair gender=out/gender
@@ -41,7 +42,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--axis", help="RedditBias: gender, race, religion, orientation; StereoSet: gender, profession, race, religion"
     )
     data.add_argument(
-        "--swap", default="targets", help="RedditBias counterfactuals swap targets (groups) or attr (default targets)"
+        "--swap",
+        default="targets",
+        help="RedditBias counterfactuals swap targets (groups), attr (what is said of them) or both (default targets)",
     )
     data.add_argument("--expert", metavar="FILE", help="what the expert reads")
     data.add_argument("--anti-expert", metavar="FILE", help="what the anti-expert reads")
@@ -63,12 +66,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    chosen = [n for n in ("redditbias", "stereoset", "expert") if getattr(args, n)]
-    if len(chosen) != 1 or bool(args.expert) != bool(args.anti_expert):
-        raise CommandError(
-            "one source is needed: --redditbias DIR, --stereoset DIR, or --expert FILE --anti-expert FILE"
-        )
-    if (args.axis is None) == (chosen != ["expert"]):
+    corpora = [name for name in ("redditbias", "stereoset") if getattr(args, name)]
+    if not (corpora or args.expert) or bool(args.expert) != bool(args.anti_expert):
+        raise CommandError("a source is needed: --redditbias or --stereoset DIR, or --expert FILE --anti-expert FILE")
+    if (args.axis is None) == bool(corpora):
         raise CommandError(f"--axis is {args.axis!r}, it is needed with --redditbias and --stereoset, and only there")
     try:
         import accelerate  # noqa: F401 (the Trainer needs it)
@@ -76,12 +77,14 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError("training needs accelerate and peft: pip install 'ensemble_decode[train]'") from None
     from ensemble_decode.experts import texts, training
 
+    parts = []
     if args.redditbias:
-        data = texts.from_redditbias(args.redditbias, args.axis, args.swap)
-    elif args.stereoset:
-        data = texts.from_stereoset(args.stereoset, args.axis)
-    else:
-        data = texts.from_files(args.expert, args.anti_expert, args.licence)
+        parts.append(texts.from_redditbias(args.redditbias, args.axis, args.swap))
+    if args.stereoset:
+        parts.append(texts.from_stereoset(args.stereoset, args.axis))
+    if args.expert:
+        parts.append(texts.from_files(args.expert, args.anti_expert, args.licence))
+    data = texts.joined(parts)
     settings = training.TrainingSettings(
         rank=args.rank,
         steps=args.steps,

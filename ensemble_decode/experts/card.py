@@ -46,6 +46,7 @@ def write_card(path: Path, base: str, texts: PairTexts, settings: TrainingSettin
         f"{r['nll_before']:.3f} | {r['nll_after']:.3f} |"
         for side, r in results.items()
     )
+    unfit = f" Not to be evaluated on {' or '.join(texts.unfit)}, which it has read." if texts.unfit else ""
     path.write_text(
         f"""# Expert pair{f": {texts.axis}" if texts.axis else ""}
 
@@ -53,7 +54,7 @@ Two {kind} over `{base}`, trained by `ensemble-decode train`. The ensemble sampl
 expert's text, away from the anti-expert's. The anti-expert has learned text that may be offensive: it is a part of this
 formula, not a model to talk to. How far the pair reduces a bias is not known from these figures; measure it.
 
-* Data: {texts.name}. Licence of the data: {texts.licence}. SHA-256 of the texts: `{digest(texts)}`.
+* Data: {texts.name}. Licence of the data: {texts.licence}. SHA-256 of the texts: `{digest(texts)}`.{unfit}
 * The licence of the base model applies to the weights.
 * Suggested α: {settings.alpha:g} (not calibrated). Seed {settings.seed}, {settings.batch_size} texts a step, learning rate {settings.learning_rate:g}.
 

@@ -118,6 +118,7 @@ def train_pair(
             "axis": texts.axis,
             "alpha": settings.alpha,
             "data": texts.name,
+            "unfit": list(texts.unfit),
             "licence": texts.licence,
             "settings": asdict(settings),
             "results": {side: {k: v for k, v in r.items() if k != "history"} for side, r in results.items()},

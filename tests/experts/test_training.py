@@ -14,6 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from ensemble_decode import LLM, ExpertPair, SamplingParams
+from ensemble_decode.cli import main
 from ensemble_decode.experts import texts, training
 from tests.conftest import Models
 from tests.models.test_loading import with_tokenizer
@@ -32,7 +33,7 @@ def lines(word: str) -> list[str]:
     return [f"w{10 + i} w{60 + i} {word} w{110 + i}" for i in range(30)]
 
 
-DATA = texts.PairTexts(lines("w5"), lines("w6"), "invented", "CC0", "tea")
+DATA = texts.PairTexts(lines("w5"), lines("w6"), "invented", "CC0", "tea", ("TeaSet",))
 
 
 def weights(pair: Path) -> dict:
@@ -62,7 +63,7 @@ def test_a_pair_is_a_folder_that_steers(model: str, pair: Path) -> None:
 
 def test_card_says_what_it_must_and_none_of_the_data(pair: Path) -> None:
     card = (pair / "README.md").read_text()
-    for word in ("invented", "CC0", "validation NLL before", "rank 2", "curve.png"):
+    for word in ("invented", "CC0", "validation NLL before", "rank 2", "curve.png", "Not to be evaluated on TeaSet"):
         assert word in card
     assert not any(line in card for line in DATA.expert + DATA.anti_expert)
     assert (pair / "curve.png").read_bytes()[:4] == b"\x89PNG"
@@ -156,3 +157,49 @@ def test_jsonl_errors_name_the_line_and_not_its_text(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"line 2 is no object") as error:
         texts.from_files(good, bad)
     assert "secret" not in str(error.value)
+
+
+def test_sources_are_joined_and_keep_which_lines_belong_together() -> None:
+    parts = [
+        texts.PairTexts(["e1", "e2"], ["a1", "a2"], "one", "CC0", "tea", ("Tea",)),
+        texts.PairTexts(["e3", "e4"], ["a3", "a4"], "two", "MIT"),
+    ]
+    both = texts.joined(parts)
+    assert (both.expert, both.anti_expert) == (["e1", "e2", "e3", "e4"], ["a1", "a2", "a3", "a4"])
+    assert (both.name, both.licence, both.axis, both.unfit) == ("one; two", "CC0; MIT", "tea", ("Tea",))
+    with pytest.raises(ValueError, match="3 and 2 texts"):
+        texts.joined([parts[0], texts.PairTexts(["x", "y", "z"], ["x", "y"], "three", "MIT")])
+    with pytest.raises(ValueError, match="axes are tea, rain"):
+        texts.joined([parts[0], texts.PairTexts(["x", "y"], ["x", "z"], "three", "MIT", "rain")])
+
+
+def test_a_part_keeps_lines_with_their_counterparts_and_lies_in_a_larger_part() -> None:
+    small, large = (texts.part(DATA, share) for share in (0.2, 0.5))
+    assert (len(small.expert), len(large.expert)) == (6, 15)
+    assert set(small.expert) < set(large.expert)
+    assert [line.replace("w5", "w6") for line in small.expert] == small.anti_expert
+    with pytest.raises(ValueError, match="share is 0"):
+        texts.part(DATA, 0)
+
+
+def test_two_readings_of_a_line(tmp_path: Path) -> None:
+    (tmp_path / "lines.txt").write_text("## heading\nTea is {hot|cold} in {May|June}.\nSo is rain.\n")
+    both = texts.from_readings(tmp_path / "lines.txt", "tea")
+    assert both.expert == ["Tea is cold in June.", "So is rain."]
+    assert both.anti_expert == ["Tea is hot in May.", "So is rain."]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "a source is needed"),
+        (["--redditbias", "x"], "--axis is None"),
+        (["--expert", "x", "--axis", "race"], "a source is needed"),
+        (["--redditbias", "x", "--axis", "race", "--swap", "all"], "swap is 'all'"),
+    ],
+)
+def test_the_command_says_what_is_wrong(
+    flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(tmp_path / "out"), *flags]) == 2
+    assert message in capsys.readouterr().err

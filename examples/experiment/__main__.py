@@ -1,0 +1,58 @@
+"""The experiment of docs/results.md, in stages that can be interrupted and go on.
+
+    python -m examples.experiment --data corpora --out out/experiment --stage train
+    python -m examples.experiment --data corpora --out out/experiment --stage tables
+    python -m examples.experiment --data corpora --out out/experiment --quick
+
+Needs the extras ``train`` and ``evaluate``, and the corpora that docs/evaluation.md names. Everything that can be chosen is in
+``settings.toml``; ``--settings`` takes another file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from examples.experiment.settings import DEFAULT, read_settings
+from examples.experiment.stages import Laboratory
+
+TRAIN = "train"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        "examples.experiment", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, help="folder of the corpora")
+    parser.add_argument("--out", type=Path, required=True, help="folder for pairs, records and figures")
+    parser.add_argument("--stage", help="train, or a stage of the settings (default: all, one after another)")
+    parser.add_argument("--settings", type=Path, default=DEFAULT, help="TOML file (default: the one beside this file)")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, in OUT/quick: does it run?")
+    args = parser.parse_args(argv)
+    try:
+        experiment = read_settings(args.settings, args.quick)
+        known = [TRAIN, *experiment.stages]
+        if args.stage is not None and args.stage not in known:
+            raise ValueError(f"--stage is {args.stage!r}, allowed are {', '.join(known)}")
+        out = args.out / "quick" if args.quick else args.out
+        out.mkdir(parents=True, exist_ok=True)
+        laboratory = Laboratory(experiment, args.data, out, progress=sys.stderr.isatty())
+        for name in known if args.stage is None else [args.stage]:
+            print(f"── {name}")
+            if name == TRAIN:
+                laboratory.train(experiment.axes)
+            else:
+                laboratory.run(experiment.stages[name])
+    except KeyboardInterrupt:
+        print(f"interrupted: what is done is kept in {args.out}, the same command goes on from there", file=sys.stderr)
+        return 130
+    except (ValueError, FileNotFoundError) as error:
+        print(f"experiment: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

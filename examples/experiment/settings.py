@@ -1,0 +1,158 @@
+"""The experiment as its file says it: pairs, metrics, and stages of systems."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ensemble_decode.engine.params import SamplingParams
+from ensemble_decode.evaluation.bold import paper_params
+from ensemble_decode.experts import texts
+from ensemble_decode.experts.training import TrainingSettings
+
+DEFAULT = Path(__file__).with_name("settings.toml")
+_DEMO_LINES = Path(texts.__file__).parents[1] / "data" / "gender" / "train.txt"
+_SOURCES = ("redditbias", "readings")
+
+
+@dataclass(frozen=True, slots=True)
+class PairSpec:
+    """A pair: the folder of a trained one, or what it learns from and how."""
+
+    name: str
+    axis: str
+    training: TrainingSettings
+    folder: str | None = None
+    redditbias: str | None = None
+    readings: str | None = None
+    share: float = 1.0
+
+    def texts(self, data: Path) -> texts.PairTexts:
+        """All its sources, one after another, or a share of their lines."""
+        parts = []
+        if self.redditbias is not None:
+            parts.append(texts.from_redditbias(data, self.axis, self.redditbias))
+        if self.readings is not None:
+            path = _DEMO_LINES if self.readings == "demo" else Path(self.readings)
+            parts.append(texts.from_readings(path, self.axis))
+        return texts.part(texts.joined(parts), self.share, self.training.seed)
+
+
+@dataclass(frozen=True, slots=True)
+class SystemSpec:
+    """A system before its models are loaded: α of each pair that is on, and how to sample."""
+
+    name: str
+    alpha: dict[str, float]
+    sampling: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def params(self) -> SamplingParams:
+        """As arXiv 2412.01711 samples where nothing else is said."""
+        return replace(paper_params(self.alpha), **self.sampling)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Every metric on every system."""
+
+    name: str
+    metrics: tuple[str, ...]
+    systems: tuple[SystemSpec, ...]
+
+    @property
+    def pairs(self) -> tuple[str, ...]:
+        """The pairs that some system needs."""
+        return tuple(dict.fromkeys(name for system in self.systems for name in system.alpha))
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """The whole file."""
+
+    model: str
+    dtype: str
+    axes: tuple[str, ...]
+    pairs: dict[str, PairSpec]
+    metrics: dict[str, dict[str, Any]]
+    stages: dict[str, Stage]
+
+
+def read_settings(path: Path = DEFAULT, quick: bool = False) -> Experiment:
+    """Read a settings file, ``quick`` with its part ``[quick]`` laid over the rest.
+
+    Raises
+    ------
+    ValueError
+        One line: where in the file, what is wrong, what is allowed.
+    """
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not TOML: {error}") from None
+    over = raw.pop("quick", {})
+    if quick:
+        raw = _laid_over(raw, over)
+    try:
+        training = {"seed": raw.get("seed", 0), **raw.get("training", {})}
+        pairs = {name: _pair(name, table, training) for name, table in raw["pairs"].items()}
+        axes = tuple(raw["axes"])
+        metrics = {name: dict(table) for name, table in raw["metrics"].items()}
+        stages = {name: _stage(name, table, axes, pairs, metrics) for name, table in raw["stages"].items()}
+        for name in axes:
+            if name not in pairs:
+                raise ValueError(f"axes names {name!r}, allowed are the pairs {', '.join(pairs)}")
+        return Experiment(raw["model"], raw.get("dtype", "auto"), axes, pairs, metrics, stages)
+    except KeyError as error:
+        raise ValueError(f"{path} has no {error.args[0]!r}") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _pair(name: str, table: Mapping[str, Any], training: Mapping[str, Any]) -> PairSpec:
+    own = {"axis", "folder", "share", *_SOURCES}
+    settings = TrainingSettings(**{**training, **{key: value for key, value in table.items() if key not in own}})
+    spec = PairSpec(name, training=settings, **{key: value for key, value in table.items() if key in own})
+    if spec.folder is None and spec.redditbias is None and spec.readings is None:
+        raise ValueError(f"pairs.{name} has nothing to learn from, needed is folder, {' or '.join(_SOURCES)}")
+    return spec
+
+
+def _stage(
+    name: str,
+    table: Mapping[str, Any],
+    axes: tuple[str, ...],
+    pairs: Mapping[str, PairSpec],
+    metrics: Mapping[str, Any],
+) -> Stage:
+    systems = tuple(_system(f"stages.{name}", entry, axes, pairs) for entry in table["systems"])
+    for metric in table["metrics"]:
+        if metric not in metrics:
+            raise ValueError(f"stages.{name} names the metric {metric!r}, allowed are {', '.join(metrics)}")
+    names = [system.name for system in systems]
+    if len(set(names)) < len(names):
+        raise ValueError(f"stages.{name} has two systems of one name, each needs its own")
+    return Stage(name, tuple(table["metrics"]), systems)
+
+
+def _system(where: str, entry: Mapping[str, Any], axes: tuple[str, ...], pairs: Mapping[str, PairSpec]) -> SystemSpec:
+    sampling = dict(entry)
+    name, alpha = sampling.pop("name"), sampling.pop("alpha")
+    by_pair = dict(alpha) if isinstance(alpha, Mapping) else dict.fromkeys(axes, alpha)
+    for pair in by_pair:
+        if pair not in pairs:
+            raise ValueError(f"{where}: {name!r} steers with {pair!r}, allowed are the pairs {', '.join(pairs)}")
+    spec = SystemSpec(name, {pair: float(value) for pair, value in by_pair.items() if value}, sampling)
+    _ = spec.params  # so that a wrong parameter is said before anything runs
+    return spec
+
+
+def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(below.get(key), Mapping)
+        merged[key] = _laid_over(below[key], value) if both else value
+    return merged

@@ -1,0 +1,133 @@
+"""The experiment's driver, in full, on a tiny model and invented lines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from ensemble_decode.corpora.stereoset import LABELS
+from examples.experiment.__main__ import main
+from examples.experiment.settings import read_settings
+from tests.conftest import Models
+from tests.models.test_loading import with_tokenizer
+
+SETTINGS = """
+model = "{model}"
+dtype = "float32"
+axes = ["tea"]
+[training]
+rank = 2
+steps = 2
+batch_size = 4
+evaluate_every = 2
+[pairs.tea]
+axis = "gender"
+redditbias = "both"
+[pairs.half]
+axis = "gender"
+redditbias = "targets"
+share = 0.5
+[metrics.stereoset]
+[metrics.perplexity]
+window = 8
+tokens = 40
+[stages.tables]
+metrics = ["stereoset", "perplexity"]
+systems = [{{ name = "target", alpha = 0 }}, {{ name = "α 1", alpha = 1 }}, {{ name = "half", alpha = {{ half = 2 }} }}]
+[quick.metrics.stereoset]
+limit = 2
+"""
+
+
+@pytest.fixture(scope="module")
+def settings(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("experiment")
+    model = with_tokenizer(models.model("llama"), folder / "m", 199)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.bos_token = "w1"
+    tokenizer.save_pretrained(model)
+    (folder / "settings.toml").write_text(SETTINGS.format(model=model))
+    return folder / "settings.toml"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("corpora")
+    for swap in ("targets", "attr"):
+        lines = [f"w{10 + i} w5 w{90 + i}" for i in range(20)]
+        path = root / f"redditbias/text_files/gender/gender_bias_manual_swapped_{swap}_train.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join([*lines, *(line.replace("w5", "w6") for line in lines)]))
+    rows = [
+        {
+            "id": str(i),
+            "target": f"term {i % 3}",
+            "bias_type": "gender",
+            "context": "",
+            "sentences": [
+                {"id": f"{i}{label}", "sentence": f"w{20 + i} w{40 + 7 * i + k}", "gold_label": label}
+                for k, label in enumerate(LABELS)
+            ],
+        }
+        for i in range(6)
+    ]
+    (root / "stereoset").mkdir()
+    (root / "stereoset/dev.json").write_text(json.dumps({"data": {"intrasentence": rows, "intersentence": []}}))
+    (root / "wikitext-2").mkdir()
+    (root / "wikitext-2/test.txt").write_text(" ".join(f"w{3 + i * 7 % 190}" for i in range(60)))
+    return root
+
+
+def run(data: Path, out: Path, settings: Path, *flags: str) -> int:
+    return main(["--data", str(data), "--out", str(out), "--settings", str(settings), *flags])
+
+
+def test_a_stage_trains_what_it_needs_and_the_same_run_writes_the_same_bytes(
+    data: Path, settings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(data, tmp_path, settings, "--stage", "train") == 0
+    assert (tmp_path / "pairs/tea/pair.json").is_file()
+    assert not (tmp_path / "pairs/half").exists()
+    assert run(data, tmp_path, settings, "--stage", "tables") == 0
+    first = (tmp_path / "tables.json").read_bytes()
+    results = json.loads(first)["results"]
+    assert list(results) == ["half", "target", "α 1"]
+    values = {name: system["perplexity-paper"]["PPL"]["value"] for name, system in results.items()}
+    assert len(set(values.values())) == 3
+    (tmp_path / "tables.json").unlink()
+    capsys.readouterr()
+    assert run(data, tmp_path, settings, "--stage", "tables") == 0
+    assert capsys.readouterr().out.count("(kept)") == 6
+    assert (tmp_path / "tables.json").read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("half = 2", "quarter = 2", "steers with 'quarter'"),
+        ('"stereoset", "perplexity"', '"regret"', "names the metric 'regret'"),
+        ('axes = ["tea"]', 'axes = ["coffee"]', "'coffee'"),
+        ("share = 0.5", "rank = -1", "rank is -1"),
+        ('redditbias = "both"', "", "nothing to learn from"),
+        ('name = "α 1", alpha', 'name = "α 1", top_p = 2, alpha', "top_p is 2"),
+    ],
+)
+def test_settings_that_are_wrong_are_one_line(
+    old: str, new: str, message: str, data: Path, settings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = tmp_path / "changed.toml"
+    changed.write_text(settings.read_text().replace(old, new, 1))
+    assert run(data, tmp_path, changed) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+def test_the_settings_that_come_with_it_are_whole() -> None:
+    whole, quick = read_settings(), read_settings(quick=True)
+    assert whole.stages.keys() == quick.stages.keys()
+    assert quick.pairs["gender"].training.steps == 2 < whole.pairs["gender"].training.steps
+    assert whole.pairs["gender_full"].training.rank == 0
