@@ -8,6 +8,8 @@ makes the key mean the whole prefix, and a block computed without the experts ne
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from ensemble_decode.ops.paged_attention import BLOCK_SIZE
 
@@ -63,6 +65,19 @@ class BlockManager:
             raise OutOfBlocks
         self._references[block] = 1
         return block
+
+    @contextmanager
+    def borrow(self, lengths: Sequence[int]) -> Iterator[list[list[int]]]:
+        """A block table for each number of tokens, for the while; for work beside the scheduler."""
+        tables: list[list[int]] = [[] for _ in lengths]
+        try:
+            for table, tokens in zip(tables, lengths, strict=True):
+                for _ in range(self.blocks_for(tokens)):
+                    table.append(self.allocate())
+            yield tables
+        finally:
+            for table in tables:
+                self.release(table)
 
     def share(self, block: int) -> int:
         """Hold a block once more."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
 import numpy as np
 import torch
 
+from ensemble_decode import ops
 from ensemble_decode.engine.batch import BLOCK_SIZE, Batch, Span, Steering, StepOutput
 from ensemble_decode.engine.combination import Combination, Hidden
 from ensemble_decode.engine.device import Device, StreamDevice, device_of
@@ -167,6 +168,16 @@ class Runner:
                 return z.float(), z.new_empty(0, count, size, dtype=torch.float32)
             difference = expert if anti is None else expert - anti
             return z.float(), torch.where(difference.isfinite(), difference, 0.0)
+
+    @torch.inference_mode()
+    def combined(self, spans: list[Span], rows: Sequence[tuple[int, tuple[Steering, ...]]]) -> torch.Tensor:
+        """Combined scores at the first output of each row's span, float32 [rows, V]."""
+        with self.device.on(MAIN):
+            hidden = self._forward(spans, self._lanes)
+            z, expert, anti, alpha = self._sampler.combination.scores(
+                hidden, [span for span, _ in rows], [steering for _, steering in rows], [0] * len(rows)
+            )
+            return z.float() if expert is None else ops.combine(z, expert, anti, alpha)
 
     def _forward(self, spans: list[Span], lanes: Lanes | StreamLanes) -> Hidden:
         first: dict[tuple[int, int], int] = {}

@@ -95,12 +95,8 @@ def _scores(llm: LLM, request: Request, generated: list[int]) -> Iterator[tuple[
     views = request.sequences[0].views
     starts = [len(view.tokens) - 1 for view in views]
     tokens = [view.tokens + generated[:-1] for view in views]
-    tables: list[list[int]] = [[] for _ in views]
     size = engine.scheduler.max_num_batched_tokens
-    try:
-        for table, listed in zip(tables, tokens, strict=True):
-            for _ in range(engine.blocks.blocks_for(len(listed))):
-                table.append(engine.blocks.allocate())
+    with engine.blocks.borrow([len(listed) for listed in tokens]) as tables:
         for view, listed, table, end in zip(views, tokens, tables, starts, strict=True):
             for start in range(0, end, size):
                 runner.parts([Span(listed[start : min(start + size, end)], start, table, view.pools)], ())
@@ -114,9 +110,6 @@ def _scores(llm: LLM, request: Request, generated: list[int]) -> Iterator[tuple[
             ]
             z, differences = runner.parts(spans, steering)
             yield z.cpu(), differences.cpu()
-    finally:
-        for table in tables:
-            engine.blocks.release(table)
 
 
 def _step(
