@@ -8,79 +8,137 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ensemble_decode.cli.common import CommandError, add_model, load_model
+from ensemble_decode.cli.systems import FORM, TARGET, SystemSpec, parse_system, sweep
 
 if TYPE_CHECKING:
+    from ensemble_decode.evaluation.classifiers import ClassifierSource
     from ensemble_decode.evaluation.metric import Metric
 
 HELP = "bias and quality of a model, alone and steered, with confidence intervals"
-METRICS = ("stereoset", "perplexity", "perplexity-huggingface", "crows_pairs", "redditbias")
+METRICS = (
+    "stereoset",
+    "stereoset-intersentence",
+    "perplexity",
+    "perplexity-huggingface",
+    "crows_pairs",
+    "redditbias",
+    "winobias",
+    "winogender",
+    "local_bias",
+    "regard",
+    "toxicity",
+    "diversity",
+)
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.description = "Measure the target alone (α = 0) and with its pairs. What is done is kept in --out."
     add_model(command)
     command.add_argument("--alpha", metavar="A,A,…", help="strengths of all pairs (default 0,1; without a pair 0)")
+    command.add_argument(
+        "--system",
+        action="append",
+        default=[],
+        metavar=FORM,
+        help="a system of your own, repeatable, e.g. 'one pair: alpha=gender=1', 'min-p: alpha=1; top_p=1; min_p=0.1; "
+        "nucleus=target' or 'trigger: alpha=0; trigger=TEXT'; what is not named is as in the paper",
+    )
     command.add_argument("--data", required=True, help="folder of the corpora; what is missing there is said")
     command.add_argument(
         "--metrics", default="stereoset,perplexity", help=f"any of {', '.join(METRICS)} (default stereoset,perplexity)"
     )
     command.add_argument("--window", type=int, help="tokens of a perplexity window (default: the protocol's)")
     command.add_argument("--tokens", type=int, help="perplexity over the first so many tokens (default: all)")
+    command.add_argument(
+        "--classifiers",
+        metavar="FOLDER|regard=ID,toxicity=ID",
+        help="the folder of `ensemble-decode distill`, or hub ids or folders (default: the paper's hub ids)",
+    )
+    command.add_argument("--prompts", type=int, help="generated text: BOLD's prompts of each group (default: all)")
+    command.add_argument("--samples", type=int, default=5, help="generated text: samples of a prompt (default 5)")
+    command.add_argument("--max-tokens", type=int, default=15, help="generated text: new tokens (default 15)")
     command.add_argument("--limit", type=int, help="a quick look: the first so many items of each metric")
-    command.add_argument("--out", required=True, help="folder for records, report.json and report.md")
+    command.add_argument(
+        "--out", required=True, help="folder for records, continuations and report.html, .md and .json"
+    )
     command.add_argument("--json", action="store_true", help="print report.json instead of a table")
 
 
 def run(args: argparse.Namespace) -> int:
-    from ensemble_decode import SamplingParams
-    from ensemble_decode.evaluation.metric import System
-    from ensemble_decode.evaluation.report import to_json, to_markdown, to_text
+    from ensemble_decode.evaluation.comparison import compare_all
+    from ensemble_decode.evaluation.page import render
+    from ensemble_decode.evaluation.report import Report
     from ensemble_decode.evaluation.runner import make_tasks, run_tasks, write
 
-    metrics = _metrics(args)
-    alphas = _alphas(args)
+    data, out = Path(args.data).expanduser(), Path(args.out).expanduser()
+    metrics = _metrics(args, out)
+    specs = _systems(args)
     if args.limit is not None and args.limit < 1:
         raise CommandError(f"--limit is {args.limit}, allowed is 1 or more")
-    data, out = Path(args.data).expanduser(), Path(args.out).expanduser()
     if not data.is_dir():
         raise FileNotFoundError(
             f"--data is {args.data!r}, which is no folder; docs/evaluation.md lists what goes in it"
         )
+    try:  # before the first hour of work, not after it
+        import jinja2  # noqa: F401
+        import scipy  # noqa: F401
+    except ImportError as error:
+        raise CommandError(f"evaluate needs {error.name}: pip install 'ensemble_decode[evaluate]'") from None
+    for metric in metrics:
+        metric.check(data)
     llm = load_model(args)
-    systems = [System("target" if a == 0 else f"α {a:g}", llm, SamplingParams(alpha=a)) for a in alphas]
-    model = _model(args)
-    tasks = make_tasks(systems, metrics, model, data, args.limit)
+    tasks = make_tasks([spec.of(llm) for spec in specs], metrics, _model(args), data, args.limit)
     try:
         results = run_tasks(tasks, data, out, args.limit, say=lambda line: print(line, file=sys.stderr))
     except KeyboardInterrupt:
         print(f"interrupted: what is done is kept in {out}, the same command goes on from there", file=sys.stderr)
         return 130
-    about: dict[str, Any] = {"model": args.model, "pairs": ", ".join(args.pair) or "none", "dtype": args.dtype}
-    about |= {"limit": args.limit, "tokens": args.tokens}
-    write(out / "report.json", to_json(results, about))
-    write(out / "report.md", to_markdown(results, about))
+    report = Report(results, _about(args), compare_all(tasks, out, TARGET), TARGET)
+    write(out / "report.json", report.to_json())
+    write(out / "report.md", report.to_markdown())
+    alphas = dict(zip([spec.name for spec in specs], _alphas(args), strict=False))  # the sweep comes first
+    write(out / "report.html", render(report, alphas))
     if args.json:
-        print(to_json(results, about), end="")
+        print(report.to_json(), end="")
         return 0
-    if args.limit is not None:
-        print(f"a quick look: the first {args.limit} items of each metric\n")
-    print(to_text(results))
-    print(f"\n{out / 'report.md'}, {out / 'report.json'}")
+    print(report.to_text())
+    print("\n" + ", ".join(str(out / f"report.{kind}") for kind in ("html", "md", "json")))
     return 0
 
 
-def _metrics(args: argparse.Namespace) -> list[Metric]:
+def _metrics(args: argparse.Namespace, out: Path) -> list[Metric]:
+    from ensemble_decode.evaluation.bold import Continuations
     from ensemble_decode.evaluation.crows_pairs import CrowsPairs
+    from ensemble_decode.evaluation.diversity import Diversity
+    from ensemble_decode.evaluation.local_bias import LocalBias
     from ensemble_decode.evaluation.perplexity import Perplexity
     from ensemble_decode.evaluation.redditbias import RedditBias
+    from ensemble_decode.evaluation.regard import Regard
     from ensemble_decode.evaluation.stereoset import StereoSet
+    from ensemble_decode.evaluation.toxicity import Toxicity
+    from ensemble_decode.evaluation.winobias import WinoBias
+    from ensemble_decode.evaluation.winogender import Winogender
 
+    regard, toxicity = _classifiers(args.classifiers)
+    try:
+        text = Continuations(
+            str(out / "continuations"), samples=args.samples, max_tokens=args.max_tokens, prompts=args.prompts
+        )
+    except ValueError as error:
+        raise CommandError(f"--{str(error).replace('_', '-', 1)}") from None
     known: dict[str, Metric] = {
         "stereoset": StereoSet(),
+        "stereoset-intersentence": StereoSet("intersentence"),
         "perplexity": Perplexity("paper", window=args.window, tokens=args.tokens),
         "perplexity-huggingface": Perplexity("huggingface", window=args.window, tokens=args.tokens),
         "crows_pairs": CrowsPairs(),
         "redditbias": RedditBias(),
+        "winobias": WinoBias(),
+        "winogender": Winogender(),
+        "local_bias": LocalBias(),
+        "regard": Regard(regard, text),
+        "toxicity": Toxicity(toxicity, text),
+        "diversity": Diversity(text),
     }
     names = dict.fromkeys(name.strip() for name in args.metrics.split(","))
     for name in names:
@@ -89,9 +147,41 @@ def _metrics(args: argparse.Namespace) -> list[Metric]:
     return [known[name] for name in names]
 
 
+def _classifiers(text: str | None) -> tuple[ClassifierSource, ClassifierSource]:
+    """The classifiers of regard and toxicity."""
+    from ensemble_decode.evaluation.classifiers import REGARD_ID, TOXICITY_ID, classifier_source
+
+    sources = {"regard": REGARD_ID, "toxicity": TOXICITY_ID}
+    if text is not None and "=" not in text:
+        folder = Path(text).expanduser()
+        sources = {name: str(folder / name) for name in sources}
+        for name, source in sources.items():
+            if not Path(source).is_dir():
+                raise CommandError(
+                    f"--classifiers is {text!r}, which has no folder {name!r}: "
+                    f"`ensemble-decode distill --data DATA --out {text}` makes it"
+                )
+    elif text is not None:
+        for part in text.split(","):
+            name, equals, source = (piece.strip() for piece in part.partition("="))
+            if name not in sources or not equals or not source:
+                raise CommandError(f"--classifiers says {part!r}, allowed are a folder or regard=ID,toxicity=ID")
+            sources[name] = source
+    return classifier_source(sources["regard"]), classifier_source(sources["toxicity"])
+
+
+def _systems(args: argparse.Namespace) -> list[SystemSpec]:
+    """The sweep over α first, the target alone foremost; then those of --system."""
+    specs = sweep(_alphas(args)) + [parse_system(text) for text in args.system]
+    for index, spec in enumerate(specs):
+        if spec.name in [other.name for other in specs[:index]]:
+            raise CommandError(f"--system names {spec.name!r} twice, allowed are different names")
+    return specs
+
+
 def _alphas(args: argparse.Namespace) -> list[float]:
     if args.alpha is None:
-        return [0.0, 1.0] if args.pair else [0.0]
+        return [0.0, 1.0] if args.pair and not args.system else [0.0]
     try:
         alphas = list(dict.fromkeys(float(part) for part in args.alpha.split(",")))
     except ValueError:
@@ -99,6 +189,13 @@ def _alphas(args: argparse.Namespace) -> list[float]:
     if not args.pair and any(alphas):
         raise CommandError(f"--alpha is {args.alpha!r} without a --pair, allowed is 0")
     return alphas
+
+
+def _about(args: argparse.Namespace) -> dict[str, Any]:
+    """What a report says of the run."""
+    about: dict[str, Any] = {"model": args.model, "pairs": ", ".join(args.pair) or "none", "dtype": args.dtype}
+    about |= {f"system {text.partition(':')[0].strip()!r}": text.partition(":")[2].strip() for text in args.system}
+    return about | {"limit": args.limit, "tokens": args.tokens, "prompts": args.prompts}
 
 
 def _model(args: argparse.Namespace) -> dict[str, Any]:
@@ -111,7 +208,9 @@ def _model(args: argparse.Namespace) -> dict[str, Any]:
     pairs = {}
     for text in args.pair:
         name, _, paths = text.partition("=")
-        sides = [str(PAIR / "expert"), str(PAIR / "anti_expert")] if paths == "demo" else paths.split(",")
+        sides = [str(PAIR)] if paths == "demo" else paths.split(",")
+        if Path(sides[0], "pair.json").is_file() or paths == "demo":
+            sides = [f"{sides[0]}/expert", f"{sides[0]}/anti_expert"]
         pairs[name] = [fingerprint(side) for side in sides]
     target = smollm2_path() if args.model == SMOLLM2 else args.model
     base = None if args.base is None else fingerprint(args.base)

@@ -95,6 +95,8 @@ class Continuations:
         makes paired comparisons sharper, and a prompt's samples don't depend on which others are asked for.
     chunk : int
         Prompts between two writes.
+    prompts : int, optional
+        Of each group, drawn by the digest of their ids; None: all.
     """
 
     folder: str
@@ -103,10 +105,21 @@ class Continuations:
     max_tokens: int = 15
     seed: int = 0
     chunk: int = 64
+    prompts: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "max_tokens", "chunk", "prompts"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value!r}, allowed is 1 or more")
+
+    def check(self, data: Path) -> None:
+        """Read the prompts."""
+        read_prompts(data, self.domains)
 
     def of(self, system: System, data: Path, limit: int | None = None) -> list[tuple[BoldPrompt, list[str]]]:
         """Each prompt with its ``samples`` continuations; ``limit`` takes the first prompts of each group."""
-        prompts = _first(read_prompts(data, self.domains), limit)
+        prompts = _first(self._drawn(read_prompts(data, self.domains)), limit)
         path = self.path(system)
         known = _read(path)
         missing = [prompt for prompt in prompts if prompt.id not in known]
@@ -137,6 +150,14 @@ class Continuations:
         key = json.dumps([system.prefix, params, score.token_ids, logprobs], sort_keys=True)
         name = re.sub(r"[^\w.=-]+", "_", system.name)
         return Path(self.folder) / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.jsonl"
+
+    def _drawn(self, prompts: list[BoldPrompt]) -> list[BoldPrompt]:
+        """``prompts`` of each group, in BOLD's order; more of them contain fewer of them."""
+        if self.prompts is None:
+            return prompts
+        order = sorted(prompts, key=lambda prompt: hashlib.sha256(prompt.id.encode()).digest())
+        chosen = {prompt.id for prompt in _first(order, self.prompts)}
+        return [prompt for prompt in prompts if prompt.id in chosen]
 
     def _params(self, system: System, prompt: BoldPrompt) -> SamplingParams:
         digest = hashlib.sha256(f"{self.seed}:{prompt.id}".encode()).digest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -93,8 +94,8 @@ class ClassifierSource:
     digest: str = ""
 
     def load(self) -> Classifier:
-        """The classifier; see :func:`load_classifier`."""
-        return load_classifier(self.source)
+        """The classifier; see :func:`load_classifier`. Loaded once."""
+        return _load_once(self)
 
 
 def classifier_source(source: str) -> ClassifierSource:
@@ -106,3 +107,8 @@ def classifier_source(source: str) -> ClassifierSource:
     for path in paths:
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return ClassifierSource(source, digest.hexdigest())
+
+
+@lru_cache(maxsize=2)
+def _load_once(source: ClassifierSource) -> Classifier:
+    return load_classifier(source.source)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
 from ensemble_decode.evaluation.bold import Continuations
+from ensemble_decode.evaluation.estimate import Estimate, figures_of
 from ensemble_decode.evaluation.metric import Figure, Record, System
-from ensemble_decode.evaluation.statistics import Values, bootstrap_interval
 
 ORDERS = (1, 2, 3)
 REPETITION_ORDER = 2
@@ -39,11 +40,16 @@ def repetition(text: str, order: int = REPETITION_ORDER) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Diversity:
-    """distinct-1, -2, -3 and seq-rep-2 of BOLD's continuations; intervals resample prompts."""
+    """distinct-1, -2, -3 and seq-rep-2 of BOLD's continuations."""
 
     continuations: Continuations
     resamples: int = 2000
     name: str = "diversity"
+    generates: ClassVar[bool] = True
+
+    def check(self, data: Path) -> None:
+        """Read the prompts."""
+        self.continuations.check(data)
 
     def run(self, system: System, data: Path, limit: int | None = None) -> list[Record]:
         """Measure every prompt's samples, or those of the first ``limit`` prompts of each group."""
@@ -59,16 +65,16 @@ class Diversity:
             )
         return records
 
-    def summarise(self, records: Sequence[Record]) -> dict[str, Figure]:
-        """The mean over prompts of each measure."""
-        figures: dict[str, Figure] = {}
+    def estimates(self, records: Sequence[Record]) -> dict[str, Estimate]:
+        """The mean over prompts of each measure; a unit is a prompt."""
+        found: dict[str, Estimate] = {}
         for key in (*(f"distinct-{order}" for order in ORDERS), f"repetition-{REPETITION_ORDER}"):
-            units = np.array([[record[key]] for record in records if record[key] is not None], np.float64)
-            if len(units):
-                low, high = bootstrap_interval(units, _mean, resamples=self.resamples)
-                figures[key] = Figure(float(units.mean()), low, high, None, len(units))
-        return figures
+            chosen = [record for record in records if record[key] is not None]
+            if chosen:
+                values = np.array([[record[key]] for record in chosen], np.float64)
+                found[key] = Estimate([record["id"] for record in chosen], values)
+        return found
 
-
-def _mean(means: Values) -> Values:
-    return means[:, 0]
+    def summarise(self, records: Sequence[Record]) -> dict[str, Figure]:
+        """The means with intervals."""
+        return figures_of(self.estimates(records), self.resamples)

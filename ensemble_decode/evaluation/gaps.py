@@ -7,14 +7,19 @@ of |p_g(l) − p_h(l)| (arXiv 2412.01711). It is never negative, so a system wit
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ensemble_decode.evaluation.estimate import Estimate
 from ensemble_decode.evaluation.metric import Figure
-from ensemble_decode.evaluation.statistics import Values, bootstrap_interval
+from ensemble_decode.evaluation.statistics import Values
+
+T = TypeVar("T")
 
 
 def share_gap(shares: Values) -> Values:
@@ -84,53 +89,69 @@ def permuted_chance(
     return total / permutations
 
 
-def gap_figures(
-    counts: Values,
-    totals: Values,
-    groups: Sequence[str],
-    labels: Sequence[str],
-    *,
-    resamples: int = 2000,
-    permutations: int = 1000,
-    seed: int = 0,
-) -> dict[str, Figure]:
-    """The gap with interval and chance (``"gap"``), and each label's share in each group (``"label/group"``).
-
-    Intervals resample prompts. That of the gap is a percentile interval of a quantity that noise can only enlarge: it leans
-    upwards, and where it reaches down to chance, no bias has been shown.
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """How often each label fell on a prompt's texts.
 
     Parameters
     ----------
+    ids, groups : sequence of str, N
+        Each prompt's name and group.
     counts : float64 array [N, K]
-        Texts of each label, by prompt.
+        Texts of each label.
     totals : float64 array [N]
-        Texts of each prompt.
-    groups : sequence of str, N
-        Group of each prompt.
+        Texts, of whatever label.
     labels : sequence of str, K
     """
-    names = sorted(set(groups))
-    index = np.array([names.index(group) for group in groups], dtype=np.int64)
-    members = np.eye(len(names))[index]
-    columns = np.column_stack([totals, counts])
-    units = (members[:, :, None] * columns[:, None, :]).reshape(len(counts), -1)
-    shape = (-1, len(names), 1 + len(labels))
 
-    def statistic(means: Values) -> Values:
-        return share_gap(_shares(means.reshape(shape)))
+    ids: Sequence[str]
+    groups: Sequence[str]
+    counts: Values
+    totals: Values
+    labels: Sequence[str]
 
-    figures: dict[str, Figure] = {}
-    if len(names) > 1:
-        value = float(statistic(units.mean(axis=0, keepdims=True))[0])
-        low, high = bootstrap_interval(units, statistic, resamples=resamples, seed=seed)
-        chance = permuted_chance(counts, index, totals, permutations=permutations, seed=seed)
-        figures["gap"] = Figure(value, low, high, chance, len(counts))
-    for g, name in enumerate(names):
-        rows = columns[index == g]
-        for k, label in enumerate(labels, start=1):
-            low, high = bootstrap_interval(rows[:, [0, k]], _ratio, resamples=resamples, seed=seed)
-            figures[f"{label}/{name}"] = Figure(float(rows[:, k].sum() / rows[:, 0].sum()), low, high, None, len(rows))
-    return figures
+    @property
+    def names(self) -> list[str]:
+        """The groups there are."""
+        return sorted(set(self.groups))
+
+    @property
+    def index(self) -> NDArray[np.int64]:
+        """Each prompt's group, 0 … G − 1."""
+        return np.array([self.names.index(group) for group in self.groups], dtype=np.int64)
+
+    def estimates(self) -> dict[str, Estimate]:
+        """The gap (``"gap"``), and each label's share in each group (``"label/group"``); a unit is a prompt.
+
+        A percentile interval of the gap, a quantity that noise can only enlarge, leans upwards; where it reaches down to
+        chance, no bias has been shown.
+        """
+        names, index = self.names, self.index
+        columns = np.column_stack([self.totals, self.counts])
+        found: dict[str, Estimate] = {}
+        if len(names) > 1:
+            values = (np.eye(len(names))[index][:, :, None] * columns[:, None, :]).reshape(len(columns), -1)
+            shape = (-1, len(names), 1 + len(self.labels))
+            found["gap"] = Estimate(self.ids, values, lambda means: share_gap(_shares(means.reshape(shape))))
+        for g, name in enumerate(names):
+            members = np.flatnonzero(index == g).tolist()
+            ids = [self.ids[i] for i in members]
+            for k, label in enumerate(self.labels, start=1):
+                found[f"{label}/{name}"] = Estimate(ids, columns[members][:, [0, k]], _ratio)
+        return found
+
+    def figures(self, resamples: int = 2000, permutations: int = 1000) -> dict[str, Figure]:
+        """The estimates as figures, the gap with its chance."""
+        found = {name: estimate.figure(resamples) for name, estimate in self.estimates().items()}
+        if "gap" in found:
+            chance = permuted_chance(self.counts, self.index, self.totals, permutations=permutations)
+            found["gap"] = replace(found["gap"], chance=chance)
+        return found
+
+
+def by_domain(figures: Mapping[str, T], domain: str) -> dict[str, T]:
+    """The gap named after its domain; groups have names of their own."""
+    return {f"gap/{domain}" if name == "gap" else name: figure for name, figure in figures.items()}
 
 
 def _shares(columns: Values) -> Values:

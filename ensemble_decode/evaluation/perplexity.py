@@ -6,12 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
 from ensemble_decode.corpora.source import Source, find
+from ensemble_decode.evaluation.estimate import Estimate, figures_of
 from ensemble_decode.evaluation.metric import Figure, Record, System
-from ensemble_decode.evaluation.statistics import bootstrap_interval
 
 SOURCE = Source("WikiText-2", "https://huggingface.co/datasets/Salesforce/wikitext", "CC BY-SA 3.0")
 PROTOCOLS = ("paper", "huggingface")
@@ -27,7 +28,7 @@ class Perplexity:
 
     "paper" (arXiv 2412.01711): text with ``<unk>``, windows of the model's length − 32, no overlap. "huggingface" (the
     guide of transformers): raw text, windows of the model's length, stride 512. The first token of a window has nothing
-    before it and is not counted; with a stride below the window, a token is counted once, with the longest context.
+    before it and is not counted, after a trigger neither; with a stride below the window, a token is counted once, with the longest context.
 
     Records are one per window: the sum of its negative log-likelihoods, and its tokens.
     """
@@ -37,6 +38,7 @@ class Perplexity:
     stride: int | None = None
     tokens: int | None = None
     resamples: int = 2000
+    generates: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.protocol not in PROTOCOLS:
@@ -50,34 +52,41 @@ class Perplexity:
     def name(self) -> str:
         return f"perplexity-{self.protocol}"
 
+    def check(self, data: Path) -> None:
+        """Find the test set."""
+        find(SOURCE, data, *_FILES[self.protocol])
+
     def run(self, system: System, data: Path, limit: int | None = None) -> list[Record]:
         """Score every window of the test set, or the first ``limit``."""
         if system.llm.tokenizer is None:
             raise ValueError("perplexity needs a tokenizer, this model has none")
         ids = system.llm.tokenizer(read_text(data, self.protocol), add_special_tokens=False, verbose=False)["input_ids"]
-        window, stride = self.lengths(system.llm.ensemble.layout.max_model_len)
+        window, stride = self.lengths(system.llm.ensemble.layout.max_model_len, len(system.prefix_ids))
         spans = windows(len(ids[: self.tokens]), window, stride)[:limit]
-        scores = system.llm.score([ids[begin:end] for begin, end, _ in spans], alpha=system.params.alpha, use_tqdm=True)
+        scores = system.score([ids[begin:end] for begin, end, _ in spans])
         records = []
         for (begin, end, counted), score in zip(spans, scores, strict=True):
             values = [value for value in score.logprobs[max(counted, begin + 1) - begin :] if value is not None]
             records.append({"begin": begin, "end": end, "nll": -math.fsum(values), "tokens": len(values)})
         return records
 
-    def summarise(self, records: Sequence[Record]) -> dict[str, Figure]:
-        """The perplexity, with an interval that resamples windows, and the window that it holds for."""
-        units = np.array([(record["nll"], record["tokens"]) for record in records], dtype=np.float64)
-        low, high = bootstrap_interval(units, lambda m: np.exp(m[:, 0] / m[:, 1]), resamples=self.resamples)
-        value = math.exp(units[:, 0].sum() / units[:, 1].sum())
-        longest = max(record["end"] - record["begin"] for record in records)
-        return {"PPL": Figure(value, low, high, n=len(units)), "PPL/window": Figure(longest)}
+    def estimates(self, records: Sequence[Record]) -> dict[str, Estimate]:
+        """The perplexity; a unit is a window."""
+        values = np.array([(record["nll"], record["tokens"]) for record in records], dtype=np.float64)
+        return {"PPL": Estimate([record["begin"] for record in records], values, lambda m: np.exp(m[:, 0] / m[:, 1]))}
 
-    def lengths(self, max_model_len: int) -> tuple[int, int]:
-        """Window and stride for a model of this length. Scoring takes one position more than the window."""
-        longest = max_model_len - (32 if self.protocol == "paper" else 1)
+    def summarise(self, records: Sequence[Record]) -> dict[str, Figure]:
+        """The perplexity with its interval, and the window that it holds for."""
+        longest = max(record["end"] - record["begin"] for record in records)
+        return figures_of(self.estimates(records), self.resamples) | {"PPL/window": Figure(longest)}
+
+    def lengths(self, max_model_len: int, prefix: int = 0) -> tuple[int, int]:
+        """Window and stride for a model of this length. Scoring takes one position more than prefix and window."""
+        most = max_model_len - 1 - prefix
+        longest = max_model_len - 32 if self.protocol == "paper" else most
         window = longest if self.window is None else self.window
-        if not 2 <= window <= max_model_len - 1:
-            raise ValueError(f"window is {window}, allowed is 2 … {max_model_len - 1} (the model's length less one)")
+        if not 2 <= window <= most:
+            raise ValueError(f"window is {window}, allowed is 2 … {most} (the model's length less one and the trigger)")
         stride = self.stride or (window if self.protocol == "paper" else min(512, window))
         if stride > window:
             raise ValueError(f"stride is {stride}, allowed is at most the window, {window}")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
 from ensemble_decode.evaluation.bold import Continuations, full_text, mask_entity
 from ensemble_decode.evaluation.classifiers import ClassifierSource
-from ensemble_decode.evaluation.gaps import gap_figures
+from ensemble_decode.evaluation.estimate import Estimate
+from ensemble_decode.evaluation.gaps import Labels, by_domain
 from ensemble_decode.evaluation.metric import Figure, Record, System
 
 #: What the gap is averaged over; the classifier's fourth label, "other", counts in the totals alone.
@@ -28,6 +30,12 @@ class Regard:
     continuations: Continuations
     resamples: int = 2000
     name: str = "regard"
+    generates: ClassVar[bool] = True
+
+    def check(self, data: Path) -> None:
+        """Read the prompts and load the classifier."""
+        self.continuations.check(data)
+        self.classifier.load()
 
     def run(self, system: System, data: Path, limit: int | None = None) -> list[Record]:
         """Label the continuations of every prompt, or of the first ``limit`` of each group."""
@@ -50,17 +58,27 @@ class Regard:
             for prompt, samples in found
         ]
 
+    def estimates(self, records: Sequence[Record]) -> dict[str, Estimate]:
+        """``gap/domain`` and ``label/group``; a unit is a prompt."""
+        found: dict[str, Estimate] = {}
+        for domain, labels in self._domains(records):
+            found |= by_domain(labels.estimates(), domain)
+        return found
+
     def summarise(self, records: Sequence[Record]) -> dict[str, Figure]:
-        """``gap/domain``, ``label/group``, and a stand-in's fidelity; intervals resample prompts."""
+        """The same as figures, the gap with its chance, and a stand-in's fidelity."""
         figures: dict[str, Figure] = {}
+        for domain, labels in self._domains(records):
+            figures |= by_domain(labels.figures(self.resamples), domain)
+        return figures | fidelity_figures(records)
+
+    def _domains(self, records: Sequence[Record]) -> Iterator[tuple[str, Labels]]:
         for domain in dict.fromkeys(record["domain"] for record in records):
             chosen = [record for record in records if record["domain"] == domain]
             counts = np.array([[record["labels"].count(label) for label in LABELS] for record in chosen], np.float64)
             totals = np.array([len(record["labels"]) for record in chosen], np.float64)
-            groups = [record["group"] for record in chosen]
-            for key, figure in gap_figures(counts, totals, groups, LABELS, resamples=self.resamples).items():
-                figures[f"gap/{domain}" if key == "gap" else key] = figure
-        return figures | fidelity_figures(records)
+            ids, groups = [record["id"] for record in chosen], [record["group"] for record in chosen]
+            yield domain, Labels(ids, groups, counts, totals, LABELS)
 
 
 def fidelity_figures(records: Sequence[Record]) -> dict[str, Figure]:

@@ -1,71 +1,154 @@
-"""Results as JSON and as Markdown."""
+"""Results as JSON, as Markdown and for a terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ensemble_decode.evaluation.comparison import Comparison, Comparisons
 from ensemble_decode.evaluation.metric import Figure
 from ensemble_decode.evaluation.runner import Results, dump
 
-
-def to_json(results: Results, about: Mapping[str, Any]) -> str:
-    """``{"about": …, "results": {system: {metric: {figure: {"value": …, "low": …, …}}}}}``."""
-    plain = {
-        system: {m: {name: asdict(figure) for name, figure in figures.items()} for m, figures in metrics.items()}
-        for system, metrics in results.items()
-    }
-    return dump({"about": dict(about), "results": plain})
+#: A difference whose corrected p-value is below this is marked.
+SIGNIFICANT = 0.05
 
 
-def to_markdown(results: Results, about: Mapping[str, Any]) -> str:
-    """One table a metric: a row a figure, a column a system; 95 % bootstrap intervals in brackets."""
-    lines = ["# Evaluation", "", *[f"* {key}: {value}" for key, value in about.items()], ""]
-    if about.get("limit") is not None:
-        lines += [f"**A quick look: the first {about['limit']} items of each metric, not the whole data.**", ""]
-    for metric, header, rows in tables(results):
-        lines += [f"## {metric}", "", "| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-        lines += ["| " + " | ".join(row) + " |" for row in rows] + [""]
-    lines += ["Brackets: 95 % bootstrap interval. Chance: what a system without bias is expected to show."]
-    return "\n".join(lines) + "\n"
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What was measured, and what is said of the run.
+
+    Parameters
+    ----------
+    results : dict
+        Figures by system, metric and name.
+    about : dict
+        Model, pairs, settings; JSON values. ``limit`` set marks a quick look.
+    comparisons : dict
+        Against the system named ``baseline``; empty where there is none.
+    """
+
+    results: Results
+    about: Mapping[str, Any]
+    comparisons: Comparisons = field(default_factory=dict)
+    baseline: str = "target"
+
+    def to_json(self) -> str:
+        """``{"about": …, "results": {system: {metric: {figure: {"value": …, …}}}}, "comparisons": {"baseline": …, …}}``."""
+        plain = {
+            system: {m: {name: asdict(figure) for name, figure in figures.items()} for m, figures in metrics.items()}
+            for system, metrics in self.results.items()
+        }
+        tests = {
+            system: {m: {name: asdict(test) for name, test in found.items()} for m, found in metrics.items()}
+            for system, metrics in self.comparisons.items()
+        }
+        return dump(
+            {
+                "about": dict(self.about),
+                "systems": list(self.results),
+                "results": plain,
+                "comparisons": {"baseline": self.baseline, "systems": tests},
+            }
+        )
+
+    def to_markdown(self) -> str:
+        """One table a metric: a row a figure, a column a system; then the differences from the baseline."""
+        lines = ["# Evaluation", "", *[f"* {key}: {value}" for key, value in self.about.items()], ""]
+        if self.quick_look:
+            lines += [f"**{self.quick_look}**", ""]
+        for table in self.tables():
+            lines += [f"## {table.metric}", "", *_markdown(table.header, table.rows), ""]
+            if table.differences:
+                lines += [f"Differences from {self.baseline}:", ""]
+                lines += [*_markdown(table.header[:-2], table.differences), ""]
+        return "\n".join([*lines, *self.legend()]) + "\n"
+
+    def to_text(self) -> str:
+        """The tables for a terminal; * marks a difference from the baseline."""
+        blocks = [self.quick_look] if self.quick_look else []
+        for table in self.tables():
+            lines = [table.header, *table.rows]
+            widths = [max(len(line[i]) for line in lines) for i in range(len(table.header))]
+            rows = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in lines]
+            blocks.append("\n".join([table.metric, *["  " + row for row in rows]]))
+        return "\n\n".join([*blocks, "\n".join(self.legend())])
+
+    @property
+    def quick_look(self) -> str:
+        """What is said of a run that was limited; empty for a whole one."""
+        limit = self.about.get("limit")
+        return "" if limit is None else f"A quick look: the first {limit} items of each metric, not the whole data."
+
+    def legend(self) -> list[str]:
+        """What brackets, chance and stars mean."""
+        lines = ["Brackets: 95 % bootstrap interval. Chance: what a system without bias is expected to show."]
+        if self.comparisons:
+            lines.append(
+                f"*: differs from {self.baseline} at p < {SIGNIFICANT} (paired bootstrap, corrected for the number of "
+                "systems by Holm's method)."
+            )
+        return lines
+
+    def tables(self) -> list[Table]:
+        """A table for every metric, all systems side by side."""
+        return [self._table(name) for name in dict.fromkeys(m for metrics in self.results.values() for m in metrics)]
+
+    def _table(self, metric: str) -> Table:
+        systems = {name: metrics[metric] for name, metrics in self.results.items() if metric in metrics}
+        tests = {name: self.comparisons.get(name, {}).get(metric, {}) for name in systems}
+        rows, differences = [], []
+        for name in dict.fromkeys(name for figures in systems.values() for name in figures):
+            known = next(figures[name] for figures in systems.values() if name in figures)
+            cells = [
+                _cell(figures.get(name)) + ("*" if is_significant(tests[system].get(name)) else "")
+                for system, figures in systems.items()
+            ]
+            chance = "" if known.chance is None else number(known.chance)
+            rows.append([name, *cells, chance, "" if known.n is None else str(known.n)])
+            if any(name in found for found in tests.values()):
+                differences.append([name, *[_difference(found.get(name)) for found in tests.values()]])
+        return Table(metric, ["figure", *systems, "chance", "n"], rows, differences)
 
 
-def to_text(results: Results) -> str:
-    """The same tables for a terminal."""
-    blocks = []
-    for metric, header, rows in tables(results):
-        widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
-        lines = [
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [header, *rows]
-        ]
-        blocks.append("\n".join([metric, *["  " + line for line in lines]]))
-    return "\n\n".join(blocks)
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Cells of a metric: ``rows`` under ``header``, and ``differences`` under all of it but its last two."""
+
+    metric: str
+    header: list[str]
+    rows: list[list[str]]
+    differences: list[list[str]]
 
 
-def tables(results: Results) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(metric, header, rows) of every metric, all systems side by side."""
-    found = []
-    for metric in dict.fromkeys(name for metrics in results.values() for name in metrics):
-        systems = {name: metrics[metric] for name, metrics in results.items() if metric in metrics}
-        names = dict.fromkeys(name for figures in systems.values() for name in figures)
-        rows = []
-        for name in names:
-            figures = [by_name.get(name) for by_name in systems.values()]
-            first = next(figure for figure in figures if figure is not None)
-            chance = "" if first.chance is None else _number(first.chance)
-            rows.append([name, *[_cell(figure) for figure in figures], chance, "" if first.n is None else str(first.n)])
-        found.append((metric, ["figure", *systems, "chance", "n"], rows))
-    return found
+def is_significant(test: Comparison | None) -> bool:
+    return test is not None and test.p_holm < SIGNIFICANT
+
+
+def number(value: float) -> str:
+    """Two decimals; three digits of what is below 1; none where hundreds are whole."""
+    if abs(value) >= 100 and float(value).is_integer():
+        text = f"{value:.0f}"
+    else:
+        text = f"{value:.2f}" if abs(value) >= 1 or value == 0 else f"{value:.3g}"
+    return text.replace("-", "−")
 
 
 def _cell(figure: Figure | None) -> str:
     if figure is None:
         return ""
     if figure.low is None or figure.high is None:
-        return _number(figure.value)
-    return f"{_number(figure.value)} [{_number(figure.low)}, {_number(figure.high)}]"
+        return number(figure.value)
+    return f"{number(figure.value)} [{number(figure.low)}, {number(figure.high)}]"
 
 
-def _number(value: float) -> str:
-    return f"{value:.2f}" if abs(value) >= 1 or value == 0 else f"{value:.3g}"
+def _difference(test: Comparison | None) -> str:
+    if test is None:
+        return ""
+    p = f"{test.p_holm:.2g}" if test.p_holm < 1 else "1"
+    return f"{number(test.difference)} [{number(test.low)}, {number(test.high)}], p {p}"
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> list[str]:
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]

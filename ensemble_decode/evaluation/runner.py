@@ -25,11 +25,17 @@ class Task:
     depends_on: dict[str, Any]
 
     @property
-    def file(self) -> str:
-        """A name that no other task has: names for people, a digest of what the records depend on."""
-        digest = hashlib.sha256(json.dumps(self.depends_on, sort_keys=True).encode()).hexdigest()[:16]
+    def digest(self) -> str:
+        """Of what the records depend on. Systems that differ only in what a metric doesn't read share its records."""
+        return hashlib.sha256(json.dumps(self.depends_on, sort_keys=True).encode()).hexdigest()[:16]
+
+    def path(self, folder: Path) -> Path:
+        """Where the records are, or go: the name is for people, then the digest."""
+        kept = sorted(folder.glob(f"*_{self.digest}.json"))
+        if kept:
+            return kept[0]
         readable = "".join(c if c.isalnum() or c in "-._" else "_" for c in f"{self.metric.name}_{self.system.name}")
-        return f"{readable}_{digest}.json"
+        return folder / f"{readable}_{self.digest}.json"
 
 
 def make_tasks(
@@ -38,8 +44,9 @@ def make_tasks(
     """Every metric on every system. ``model`` identifies the weights: see :func:`fingerprint`."""
     tasks = []
     for system in systems:
-        decoding = {k: v for k, v in asdict(system.params).items() if k != "stops"}
+        sampling = {k: v for k, v in asdict(system.params).items() if k != "stops"}
         for metric in metrics:
+            decoding = sampling if metric.generates else {"alpha": system.params.alpha}
             settings = {"metric": metric.name, **asdict(metric)}  # type: ignore[call-overload]
             depends_on: dict[str, Any] = {
                 "model": dict(model),
@@ -68,7 +75,7 @@ def run_tasks(
     folder.mkdir(parents=True, exist_ok=True)
     results: Results = {}
     for number, task in enumerate(tasks, 1):
-        path = folder / task.file
+        path = task.path(folder)
         label = f"[{number}/{len(tasks)}] {task.system.name}: {task.metric.name}"
         records: list[Record]
         if path.is_file():

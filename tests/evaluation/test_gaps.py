@@ -12,9 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ensemble_decode.evaluation.gaps import gap_figures, independent_chance, permuted_chance, share_gap
+from ensemble_decode.evaluation.gaps import Labels, independent_chance, permuted_chance, share_gap
 
 LABELS = ("positive", "neutral", "negative")
+
+
+def labelled(counts, groups, texts=5):
+    return Labels([f"prompt {i}" for i in range(len(groups))], groups, counts, np.full(len(groups), texts), LABELS)
 
 
 def test_two_groups_by_hand():
@@ -34,7 +38,7 @@ def test_one_group_has_no_gap():
 
 def test_figures_by_hand():
     counts = np.array([[2, 1, 1], [4, 0, 0], [1, 1, 2], [0, 2, 0]], float)  # the last prompt has 2 texts of "other"
-    figures = gap_figures(counts, np.full(4, 4.0), ["a", "a", "b", "b"], LABELS, resamples=50, permutations=50)
+    figures = labelled(counts, ["a", "a", "b", "b"], texts=4).figures(50, 50)
     assert figures["positive/a"].value == pytest.approx(6 / 8)
     assert figures["neutral/b"].value == pytest.approx(3 / 8)
     # positive |6/8 − 1/8|, neutral |1/8 − 3/8|, negative |1/8 − 2/8|
@@ -50,8 +54,7 @@ def test_the_order_of_prompts_does_not_matter(seed, group_count):
     order = rng.permutation(30)
 
     def gap(rows):
-        found = gap_figures(counts[rows], np.full(30, 5.0), list(groups[rows]), LABELS, resamples=2, permutations=2)
-        return found["gap"].value
+        return labelled(counts[rows], list(groups[rows])).estimates()["gap"].value
 
     assert gap(order) == pytest.approx(gap(np.arange(30)), abs=1e-12)
 
@@ -68,7 +71,7 @@ def test_a_planted_gap_is_found_and_none_where_none_is():
     for shares, planted in (((fair, fair), False), ((fair, biased), True)):
         counts, groups = _simulate(rng, shares, (400, 300))
         names = [f"g{g}" for g in groups]
-        gap = gap_figures(counts, np.full(700, 5.0), names, LABELS, resamples=300, permutations=200)["gap"]
+        gap = labelled(counts, names).figures(300, 200)["gap"]
         assert gap.low is not None
         assert gap.chance is not None
         assert (gap.low > gap.chance) is planted

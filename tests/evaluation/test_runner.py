@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -12,9 +12,10 @@ import pytest
 from ensemble_decode import SamplingParams
 from ensemble_decode.cli import main
 from ensemble_decode.evaluation.crows_pairs import CrowsPairs
+from ensemble_decode.evaluation.estimate import Estimate
 from ensemble_decode.evaluation.metric import Figure, Record, System
-from ensemble_decode.evaluation.redditbias import RedditBias, without_outliers
-from ensemble_decode.evaluation.report import to_json, to_markdown, to_text
+from ensemble_decode.evaluation.redditbias import RedditBias, within_three_sigma
+from ensemble_decode.evaluation.report import Report
 from ensemble_decode.evaluation.runner import dump, fingerprint, make_tasks, run_tasks
 
 RUNS: list[tuple[str, str]] = []
@@ -26,12 +27,20 @@ class Counting:
 
     name: str = "counting"
     interrupt: str = ""
+    resamples: int = 20
+    generates: ClassVar[bool] = True
+
+    def check(self, data: Path) -> None:
+        pass
 
     def run(self, system: System, data: Path, limit: int | None = None) -> list[Record]:
         if system.name == self.interrupt:
             raise KeyboardInterrupt
         RUNS.append((system.name, self.name))
         return [{"alpha": system.params.alpha, "third": 1 / 3}]
+
+    def estimates(self, records: Sequence[Record]) -> dict[str, Estimate]:
+        return {}
 
     def summarise(self, records: Sequence[Record]) -> dict[str, Figure]:
         return {"alpha": Figure(records[0]["alpha"], 0.0, 2.0, None, 1)}
@@ -76,7 +85,7 @@ def test_same_run_same_bytes(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     tasks = make_tasks(systems(0.0, 1.0), [Counting()], {"target": "m"}, tmp_path, None)
     a, b = (run_tasks(tasks, tmp_path, tmp_path / name, say=lambda line: None) for name in ("a", "b"))
-    assert to_json(a, {"model": "m"}) == to_json(b, {"model": "m"})
+    assert Report(a, {"model": "m"}).to_json() == Report(b, {"model": "m"}).to_json()
     assert [p.read_bytes() for p in sorted((tmp_path / "a/records").iterdir())] == [
         p.read_bytes() for p in sorted((tmp_path / "b/records").iterdir())
     ]
@@ -93,12 +102,13 @@ def test_other_weights_have_another_fingerprint(tmp_path: Path) -> None:
 
 def test_reports_show_every_figure_and_say_what_a_quick_look_is() -> None:
     results = {"target": {"m": {"SS": Figure(61.5, 58.0, 65.25, 50.0, 12)}}, "α 1": {"m": {"SS": Figure(0.0125)}}}
-    text, markdown = to_text(results), to_markdown(results, {"limit": 5})
+    report = Report(results, {"limit": 5})
+    text, markdown = report.to_text(), report.to_markdown()
     for page in (text, markdown):
         assert all(cell in page for cell in ("61.50 [58.00, 65.25]", "0.0125", "50.00"))
     assert "first 5 items" in markdown
-    assert "quick look" not in to_markdown(results, {"limit": None})
-    value = json.loads(to_json(results, {}))["results"]["target"]["m"]["SS"]
+    assert "quick look" not in Report(results, {"limit": None}).to_markdown()
+    value = json.loads(Report(results, {}).to_json())["results"]["target"]["m"]["SS"]
     assert value == {"value": 61.5, "low": 58.0, "high": 65.25, "chance": 50.0, "n": 12}
 
 
@@ -122,7 +132,7 @@ def test_outliers_beyond_three_sigma_are_dropped() -> None:
     pairs = np.ones((50, 2))
     pairs[:, 1] = np.arange(50)
     pairs[7, 0] = 1000
-    assert len(without_outliers(pairs)) == 49
+    assert within_three_sigma(pairs).sum() == 49
 
 
 def test_crows_pairs_counts_ties_half() -> None:
@@ -138,8 +148,14 @@ def test_crows_pairs_counts_ties_half() -> None:
         (["--metrics", "stereo"], "--metrics names 'stereo'"),
         (["--alpha", "1"], "without a --pair"),
         (["--alpha", "x"], "--alpha is 'x'"),
-        (["--alpha", "0", "--limit", "0"], "--limit is 0"),
-        (["--alpha", "0", "--data", "nowhere"], "--data is 'nowhere'"),
+        (["--limit", "0"], "--limit is 0"),
+        (["--data", "nowhere"], "--data is 'nowhere'"),
+        (["--metrics", "stereoset"], "get it from https://github.com/moinnadeem/StereoSet"),
+        (["--samples", "0"], "--samples is 0"),
+        (["--max-tokens", "0"], "--max-tokens is 0"),
+        (["--system", "target:"], "names 'target' twice"),
+        (["--classifiers", "nowhere"], "`ensemble-decode distill --data DATA --out nowhere` makes it"),
+        (["--classifiers", "tone=here"], "allowed are a folder or regard=ID,toxicity=ID"),
     ],
 )
 def test_the_command_says_what_is_wrong(

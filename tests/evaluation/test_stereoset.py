@@ -2,15 +2,19 @@
 
 import gzip
 import json
+import math
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from ensemble_decode import SamplingParams
 from ensemble_decode.corpora.stereoset import LABELS, read_examples
+from ensemble_decode.evaluation.metric import System
 from ensemble_decode.evaluation.statistics import bootstrap_interval
-from ensemble_decode.evaluation.stereoset import StereoSet
+from ensemble_decode.evaluation.stereoset import StereoSet, continuation_scores
+from tests.evaluation.words import Words
 
 PUBLISHED = ("gpt2_base_stereoset", "gpt2_med_stereoset", "dexperts_base_stereoset_alpha=1",
              "dexperts_med_stereoset_alpha=1", "trigger_base_stereoset")  # fmt: skip
@@ -46,6 +50,19 @@ def test_terms_weigh_the_same_and_ties_are_no_preference() -> None:
     assert (figures["SS"].value, figures["LMS"].value, figures["ICAT"].value) == (75, 50, 25)
     assert figures["SS/race"] == figures["SS"]
     assert "SS/gender" not in figures
+
+
+def test_intersentence_scores_the_sentence_after_its_context() -> None:
+    llm = Words(lambda before, word: -len(before) * math.log(2))
+    system = System("s", llm, SamplingParams(alpha=0.0))  # type: ignore[arg-type]
+    # "one two" after "a b c": 2^-3 and 2^-4; a trigger of one word makes it 2^-4 and 2^-5
+    assert continuation_scores(system, [("a b c", "one two")]) == pytest.approx([2**-3.5])
+    after = System("s", llm, SamplingParams(alpha=0.0), "zig")  # type: ignore[arg-type]
+    assert continuation_scores(after, [("a b c", "one two")]) == pytest.approx([2**-4.5])
+    assert llm.seen[-1] == "zig a b c one two"
+    assert (StereoSet("intersentence").name, StereoSet().name) == ("stereoset-intersentence", "stereoset")
+    with pytest.raises(ValueError, match="task is 'both'"):
+        StereoSet("both")
 
 
 def test_the_interval_is_the_same_twice_and_covers_the_mean() -> None:

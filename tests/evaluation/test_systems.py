@@ -1,0 +1,136 @@
+"""Systems in one line, what two of them share, and a trigger before what is scored."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from ensemble_decode import LLM, SamplingParams
+from ensemble_decode.cli import main
+from ensemble_decode.cli.common import CommandError
+from ensemble_decode.cli.systems import parse_system, sweep
+from ensemble_decode.evaluation.bold import paper_params
+from ensemble_decode.evaluation.metric import System
+from ensemble_decode.evaluation.perplexity import Perplexity
+from ensemble_decode.evaluation.runner import make_tasks
+from ensemble_decode.evaluation.stereoset import StereoSet, sentence_scores
+from tests.conftest import Models
+from tests.evaluation.words import Words
+from tests.models.test_loading import with_tokenizer
+
+
+def test_what_is_not_named_is_as_in_the_paper() -> None:
+    spec = parse_system("one pair: alpha=gender=1,race=0.5")
+    assert (spec.name, spec.params, spec.prefix) == ("one pair", paper_params({"gender": 1.0, "race": 0.5}), "")
+    spec = parse_system("min-p: alpha=1; top_p=1;min_p=0.1 ; nucleus=target;")
+    assert (spec.params.top_p, spec.params.min_p, spec.params.nucleus) == (1.0, 0.1, "target")
+    assert parse_system("own α:").params.alpha is None
+    assert [spec.name for spec in sweep([0, 0.5])] == ["target", "α 0.5"]
+
+
+def test_a_trigger_is_taken_as_it_stands() -> None:
+    spec = parse_system("t: alpha=0; trigger= a; top_k=3=b ")
+    assert (spec.params.alpha, spec.params.top_k, spec.prefix) == (0.0, 0, " a; top_k=3=b ")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("no colon", "--system is 'no colon'"),
+        (": alpha=1", "--system is ': alpha=1'"),
+        ("a: beta=1", "says 'beta=1', allowed are alpha, temperature"),
+        ("a: alpha", "says 'alpha'"),
+        ("a: alpha=strong", "alpha is 'strong', allowed is a number or pair=number"),
+        ("a: top_k=1.5", "top_k is '1.5', allowed is an integer"),
+        ("a: top_p=2", "--system 'a': top_p is 2.0"),
+        ("a: nucleus=both", "--system 'a': nucleus is 'both'"),
+    ],
+)
+def test_what_is_wrong_is_said(text: str, message: str) -> None:
+    with pytest.raises(CommandError) as error:
+        parse_system(text)
+    assert message in str(error.value)
+
+
+def test_a_pair_that_is_not_there_is_said(models: Models) -> None:
+    llm = LLM(models.model("llama"), dtype="float32", max_num_seqs=2)
+    with pytest.raises(CommandError, match="--system 'a': alpha names the pair 'gender', known are none"):
+        parse_system("a: alpha=gender=1").of(llm)
+
+
+def test_scoring_metrics_don_t_depend_on_how_text_is_sampled(tmp_path: Path) -> None:
+    llm: LLM = SimpleNamespace()  # type: ignore[assignment]
+    systems = [System(spec.name, llm, spec.params, spec.prefix) for spec in map(parse_system, SAME_SCORES)]
+    one, other, trigger = make_tasks(systems, [StereoSet()], {}, tmp_path, None)
+    assert one.digest == other.digest != trigger.digest
+    (tmp_path / f"stereoset_a_{one.digest}.json").touch()
+    assert other.path(tmp_path) == one.path(tmp_path)
+
+
+SAME_SCORES = ("a: alpha=1; top_k=50", "b: alpha=1; top_p=0.5", "c: alpha=1; trigger=zig")
+
+
+def halving() -> Words:
+    """Finds a word as probable as 2^-n after n words."""
+    return Words(lambda before, word: -len(before) * math.log(2))
+
+
+def test_a_trigger_s_tokens_count_in_stereoset_and_nowhere_else() -> None:
+    alone = System("target", halving(), SamplingParams(alpha=0.0))  # type: ignore[arg-type]
+    after = System("trigger", halving(), SamplingParams(alpha=0.0), "zig ")  # type: ignore[arg-type]
+    # the first token after <bos>: 2^-1; those after 1, 2, … tokens: 2^-1, 2^-2, …
+    assert sentence_scores(alone, ["he ran"]) == pytest.approx([2 ** -((1 + 1) / 2)])
+    assert sentence_scores(after, ["he ran"]) == pytest.approx([2 ** -((1 + 1 + 2) / 3)])
+    (score,) = after.score(["he ran"])
+    assert [round(value / -0.693147) for value in score.logprobs if value is not None] == [1, 2]
+    assert len(score.token_ids) == 2
+
+
+def test_perplexity_after_a_trigger_counts_the_window_s_tokens(tmp_path: Path) -> None:
+    (tmp_path / "test.txt").write_text("")
+    (tmp_path / "wiki.test.tokens").write_text("a b c d e f")
+    llm = halving()
+    llm.ensemble = SimpleNamespace(layout=SimpleNamespace(max_model_len=40))  # type: ignore[attr-defined]
+    metric = Perplexity("paper", window=3)
+    (first, second) = metric.run(System("t", llm, SamplingParams(), "zig zag"), tmp_path)  # type: ignore[arg-type]
+    assert first == second | {"begin": 0, "end": 3}
+    assert first["tokens"] == 2
+    assert first["nll"] == pytest.approx((3 + 4) * 0.693147, rel=1e-5)
+    with pytest.raises(ValueError, match=r"window is 39, allowed is 2 … 37"):
+        Perplexity(window=39).lengths(40, 2)
+
+
+def test_evaluate_of_systems_of_one_s_own(models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One command: a small model, a trigger, generated text, and what a second run does not do again."""
+    folder = tmp_path / "data"
+    (folder / "bold" / "prompts").mkdir(parents=True)
+    for name, groups in (
+        ("gender", ("American_actors", "American_actresses")),
+        ("race", ("African_Americans", "European_Americans")),
+        ("religious_ideology", ("judaism", "christianity", "islam")),
+    ):
+        corpus = {group: {"A_B": ["w5 w6", "w6 w7", "w7 w8"]} for group in groups}
+        (folder / "bold" / "prompts" / f"{name}_prompt.json").write_text(json.dumps(corpus))
+    command = [
+        "evaluate",
+        "-m",
+        str(with_tokenizer(models.model("llama"), tmp_path / "model", 190)),
+        "--dtype",
+        "float32",
+        "--data",
+        str(folder),
+    ]
+    command += ["--out", str(tmp_path / "out"), "--metrics", "diversity", "--prompts", "2", "--samples", "3"]
+    command += ["--system", "greedy: temperature=0", "--system", "trigger: trigger=w9 w8 ", "--json"]
+    assert main(command) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert list(report["results"]) == ["greedy", "target", "trigger"]
+    assert report["results"]["greedy"]["diversity"]["distinct-1"]["n"] == 14
+    bytes_of = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert main(command) == 0
+    assert "(kept)" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == bytes_of
