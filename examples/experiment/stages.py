@@ -12,7 +12,7 @@ from ensemble_decode import LLM
 from ensemble_decode.cli.common import SMOLLM2
 from ensemble_decode.evaluation.metric import Metric, System
 from ensemble_decode.evaluation.perplexity import Perplexity
-from ensemble_decode.evaluation.report import to_json, to_text
+from ensemble_decode.evaluation.report import Report
 from ensemble_decode.evaluation.runner import Results, fingerprint, make_tasks, run_tasks, write
 from ensemble_decode.evaluation.stereoset import StereoSet
 from ensemble_decode.experts.training import SIDES, train_pair
@@ -81,8 +81,8 @@ class Laboratory:
             ]
             for system, figures in run_tasks(tasks, self.data, self.out, limit, self.say).items():
                 results.setdefault(system, {}).update(figures)
-            write(self.out / f"{stage.name}.json", to_json(results, self.about(stage)))
-        self.say(to_text(results))
+            write(self.out / f"{stage.name}.json", Report(results, self.about(stage)).to_json())
+        self.say(Report(results, self.about(stage)).to_text())
         return results
 
     def metric(self, name: str) -> tuple[Metric, int | None]:
