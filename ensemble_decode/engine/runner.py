@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ensemble_decode import ops
 from ensemble_decode.engine.batch import BLOCK_SIZE, Batch, Span, Steering, StepOutput
@@ -18,7 +19,8 @@ from ensemble_decode.engine.device import Device, StreamDevice, device_of
 from ensemble_decode.engine.graphs import DecodeGraphs
 from ensemble_decode.engine.lanes import PLACEMENTS, Lanes, Placement, StreamLanes
 from ensemble_decode.engine.plan import MAIN
-from ensemble_decode.engine.sampling import Sampler
+from ensemble_decode.engine.sampling import SCORE_ROWS, Sampler
+from ensemble_decode.engine.sweep import logprobs_at
 from ensemble_decode.models.ensemble import Ensemble
 from ensemble_decode.models.group import Group, Rows
 
@@ -178,6 +180,45 @@ class Runner:
                 hidden, [span for span, _ in rows], [steering for _, steering in rows], [0] * len(rows)
             )
             return z.float() if expert is None else ops.combine(z, expert, anti, alpha)
+
+    @torch.inference_mode()
+    def sweep(
+        self, spans: list[Span], targets: list[list[int]], pairs: tuple[int, ...], alphas: torch.Tensor
+    ) -> list[NDArray[np.float32]]:
+        """Log-probabilities of ``targets`` at all outputs of the spans, under several α at once.
+
+        Parameters
+        ----------
+        spans : list of Span
+            Of view 0, each of another sequence; all their tokens are outputs.
+        targets : list of list of int
+            The token that follows each token of each span.
+        pairs : tuple of int
+            Indices in ``Layout.pairs``, ascending.
+        alphas : float32 [K, P]
+
+        Returns
+        -------
+        list of float32 array [K, tokens of the span]
+        """
+        threads = torch.get_num_threads()
+        with self.device.on(MAIN):
+            torch.set_num_threads(1)  # as in a step: our operators bring threads of their own
+            try:
+                hidden = self._forward(spans, self._lanes)
+            finally:
+                torch.set_num_threads(threads)
+            rows = [(span, offset) for span, listed in enumerate(targets) for offset in range(len(listed))]
+            steering = [tuple(Steering(pair, 1.0, span, span) for pair in pairs) for span in range(len(spans))]
+            tokens = self.device.upload([token for listed in targets for token in listed])
+            found = []
+            for start in range(0, len(rows), SCORE_ROWS):
+                at, offsets = (list(part) for part in zip(*rows[start : start + SCORE_ROWS], strict=True))
+                z, expert, anti, _ = self._sampler.combination.scores(hidden, at, [steering[s] for s in at], offsets)
+                change = z.new_empty(0, *z.shape) if expert is None else expert if anti is None else expert - anti
+                change = torch.where(change.isfinite(), change, 0.0)
+                found.append(logprobs_at(z.float(), change, alphas, tokens[start : start + len(at)]).cpu())
+        return [part.numpy() for part in torch.cat(found, 1).split([len(listed) for listed in targets], 1)]
 
     def _forward(self, spans: list[Span], lanes: Lanes | StreamLanes) -> Hidden:
         first: dict[tuple[int, int], int] = {}

@@ -13,7 +13,7 @@ from ensemble_decode.engine.batch import Edits, SampleRow, ScoreRow, Span, StepO
 from ensemble_decode.engine.combination import Combination, Hidden
 
 #: Rows of full logits kept at a time while scoring: V = 50,000 in float32 is 0.2 MB a row.
-_SCORE_ROWS = 128
+SCORE_ROWS = 128
 
 
 class Sampler:
@@ -118,8 +118,8 @@ class Sampler:
     def score(self, row: ScoreRow, span: Span, spans: list[Span], hidden: Hidden) -> list[TokenLogprobs]:
         """Log-probabilities of ``row.tokens``, a slab of rows at a time, so that memory stays bounded."""
         out: list[TokenLogprobs] = []
-        for start in range(0, len(row.tokens), _SCORE_ROWS):
-            tokens = row.tokens[start : start + _SCORE_ROWS]
+        for start in range(0, len(row.tokens), SCORE_ROWS):
+            tokens = row.tokens[start : start + SCORE_ROWS]
             offsets = list(range(start, start + len(tokens)))
             z, expert, anti, alpha = self.combination.scores(
                 hidden, [row.span] * len(tokens), [row.steering] * len(tokens), offsets
