@@ -15,6 +15,7 @@ COMMANDS = {
     "lm-eval": "ensemble_decode.cli.lm_eval",
     "bench": "ensemble_decode.cli.bench",
     "train": "ensemble_decode.cli.train",
+    "calibrate": "ensemble_decode.cli.calibrate",
     "evaluate": "ensemble_decode.cli.evaluate",
     "distill": "ensemble_decode.cli.distill",
 }
@@ -39,6 +40,8 @@ examples:
       an expert pair from RedditBias; --pair gender=out/gender takes it as it is
   ensemble-decode evaluate --pair gender=demo --alpha 0,1,2 --data corpora --out out/evaluation
       StereoSet and perplexity against α, with confidence intervals
+  ensemble-decode calibrate --pair gender=out/gender --pair race=out/race --data corpora --out out/calibration
+      the alpha of each axis that brings its stereotype score to 50 within a budget of perplexity
   ensemble-decode distill --data data --out classifiers
       stand-ins for the regard and toxicity classifiers, with their measured fidelity
 """

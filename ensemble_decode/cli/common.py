@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ensemble_decode import LLM
@@ -43,15 +44,28 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_alpha(text: str | None) -> float | dict[str, float] | None:
-    """``"1.5"`` or ``"gender=1,race=0.5"``."""
+    """``"1.5"``, ``"gender=1,race=0.5"``, or ``"@calibration.json"`` as ``ensemble-decode calibrate`` writes it."""
     if text is None:
         return None
+    if text.startswith("@"):
+        return _read_alpha(Path(text[1:]).expanduser())
     try:
         if "=" not in text:
             return float(text)
         return {name.strip(): float(value) for name, value in (part.split("=", 1) for part in text.split(","))}
     except ValueError:
-        raise CommandError(f"--alpha is {text!r}, allowed is a number or name=number,name=number") from None
+        raise CommandError(f"--alpha is {text!r}, allowed is a number, name=number,name=number or @FILE") from None
+
+
+def _read_alpha(path: Path) -> dict[str, float]:
+    try:
+        return {
+            str(name): float(value) for name, value in json.loads(path.read_text(encoding="utf-8"))["alpha"].items()
+        }
+    except FileNotFoundError:
+        raise CommandError(f"--alpha is '@{path}', which is no file") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CommandError(f"--alpha is '@{path}', which has no alpha by pair, as calibration.json does") from None
 
 
 def load_model(args: argparse.Namespace) -> LLM:
@@ -89,3 +103,21 @@ def load_model(args: argparse.Namespace) -> LLM:
         placement=args.placement,
         speculation=speculation,
     )
+
+
+def identity(args: argparse.Namespace) -> dict[str, Any]:
+    """What identifies the weights that are measured."""
+    from ensemble_decode.demo import PAIR
+    from ensemble_decode.evaluation.runner import fingerprint
+    from ensemble_decode.models.smollm2 import smollm2_path
+
+    pairs = {}
+    for text in args.pair:
+        name, _, paths = text.partition("=")
+        sides = [str(PAIR)] if paths == "demo" else paths.split(",")
+        if Path(sides[0], "pair.json").is_file() or paths == "demo":
+            sides = [f"{sides[0]}/expert", f"{sides[0]}/anti_expert"]
+        pairs[name] = [fingerprint(side) for side in sides]
+    target = smollm2_path() if args.model == SMOLLM2 else args.model
+    base = None if args.base is None else fingerprint(args.base)
+    return {"target": fingerprint(target), "pairs": pairs, "base": base, "dtype": args.dtype}

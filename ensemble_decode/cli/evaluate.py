@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ensemble_decode.cli.common import CommandError, add_model, load_model
+from ensemble_decode.cli.common import CommandError, add_model, identity, load_model
 from ensemble_decode.cli.systems import FORM, TARGET, SystemSpec, parse_system, sweep
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     for metric in metrics:
         metric.check(data)
     llm = load_model(args)
-    tasks = make_tasks([spec.of(llm) for spec in specs], metrics, _model(args), data, args.limit)
+    tasks = make_tasks([spec.of(llm) for spec in specs], metrics, identity(args), data, args.limit)
     try:
         results = run_tasks(tasks, data, out, args.limit, say=lambda line: print(line, file=sys.stderr))
     except KeyboardInterrupt:
@@ -196,22 +196,3 @@ def _about(args: argparse.Namespace) -> dict[str, Any]:
     about: dict[str, Any] = {"model": args.model, "pairs": ", ".join(args.pair) or "none", "dtype": args.dtype}
     about |= {f"system {text.partition(':')[0].strip()!r}": text.partition(":")[2].strip() for text in args.system}
     return about | {"limit": args.limit, "tokens": args.tokens, "prompts": args.prompts}
-
-
-def _model(args: argparse.Namespace) -> dict[str, Any]:
-    """What identifies the weights that are measured."""
-    from ensemble_decode.cli.common import SMOLLM2
-    from ensemble_decode.demo import PAIR
-    from ensemble_decode.evaluation.runner import fingerprint
-    from ensemble_decode.models.smollm2 import smollm2_path
-
-    pairs = {}
-    for text in args.pair:
-        name, _, paths = text.partition("=")
-        sides = [str(PAIR)] if paths == "demo" else paths.split(",")
-        if Path(sides[0], "pair.json").is_file() or paths == "demo":
-            sides = [f"{sides[0]}/expert", f"{sides[0]}/anti_expert"]
-        pairs[name] = [fingerprint(side) for side in sides]
-    target = smollm2_path() if args.model == SMOLLM2 else args.model
-    base = None if args.base is None else fingerprint(args.base)
-    return {"target": fingerprint(target), "pairs": pairs, "base": base, "dtype": args.dtype}

@@ -18,7 +18,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("prompt", help="the text to continue")
     add_model(command)
-    command.add_argument("-a", "--alpha", help="a number, or name=number,… (default: the pair's, 1)")
+    command.add_argument("-a", "--alpha", help="a number, name=number,… or @calibration.json (default: the pair's, 1)")
     command.add_argument("--max-tokens", type=int, default=24, help="new tokens (default 24)")
     command.add_argument("-t", "--temperature", type=float, default=1.0, help="0 is greedy (default 1)")
     command.add_argument("--top-p", type=float, default=0.9, help="nucleus (default 0.9, the paper's)")

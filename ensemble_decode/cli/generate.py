@@ -88,7 +88,9 @@ def output_dict(output: Any) -> dict[str, Any]:
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "-a", "--alpha", help="strength of steering: a number, or name=number,… (default: the pair's, 1)"
+        "-a",
+        "--alpha",
+        help="strength of steering: a number, name=number,… or @calibration.json (default: the pair's, 1)",
     )
     parser.add_argument("-n", type=int, default=1, help="samples of each prompt (default 1)")
     parser.add_argument("--max-tokens", type=int, default=64, help="new tokens (default 64)")

@@ -45,7 +45,7 @@ def sweep(alphas: Sequence[float]) -> list[SystemSpec]:
 def parse_system(text: str) -> SystemSpec:
     """A system from ``"NAME: key=value; …"``.
 
-    Keys are α (a number, or ``pair=number,pair=number``; left out: each pair's own) and how to sample; what is not named
+    Keys are α (a number, ``pair=number,pair=number``, or ``@calibration.json``; left out: each pair's own) and how to sample; what is not named
     is as in arXiv 2412.01711 (top-p 0.9, temperature 1). ``trigger=`` comes last: all that follows it, spaces and
     semicolons too, stands before every prompt and sentence.
 
@@ -101,4 +101,4 @@ _KEYS: dict[str, Callable[[str], Any]] = {
     "frequency_penalty": float,
     "trigger": str,
 }
-_ALLOWED = {"alpha": "a number or pair=number,pair=number", "top_k": "an integer"}
+_ALLOWED = {"alpha": "a number, pair=number,pair=number or @FILE", "top_k": "an integer"}

@@ -16,9 +16,10 @@ from ensemble_decode.evaluation.metric import Figure, Record, System
 
 SOURCE = Source("WikiText-2", "https://huggingface.co/datasets/Salesforce/wikitext", "CC BY-SA 3.0")
 PROTOCOLS = ("paper", "huggingface")
+SPLITS = ("test", "valid")
 _FILES = {
-    "paper": ("wikitext-2/test.txt", "wikitext-2-v1/wiki.test.tokens", "wiki.test.tokens"),
-    "huggingface": ("wikitext-2-raw/wiki.test.raw", "wiki.test.raw"),
+    "paper": ("wikitext-2/{}.txt", "wikitext-2-v1/wiki.{}.tokens", "wiki.{}.tokens"),
+    "huggingface": ("wikitext-2-raw/wiki.{}.raw", "wiki.{}.raw"),
 }
 
 
@@ -54,7 +55,7 @@ class Perplexity:
 
     def check(self, data: Path) -> None:
         """Find the test set."""
-        find(SOURCE, data, *_FILES[self.protocol])
+        _find(data, self.protocol, "test")
 
     def run(self, system: System, data: Path, limit: int | None = None) -> list[Record]:
         """Score every window of the test set, or the first ``limit``."""
@@ -93,12 +94,17 @@ class Perplexity:
         return window, stride
 
 
-def read_text(data: Path, protocol: str) -> str:
-    """The test set as both protocols join it: blank lines between the rows of the data set."""
-    path = find(SOURCE, data, *_FILES[protocol])
+def read_text(data: Path, protocol: str, split: str = "test") -> str:
+    """The test set, or the validation set, as both protocols join it: blank lines between the rows of the data set."""
     # The data set's rows keep their newline, blank ones are empty.
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = _find(data, protocol, split).read_text(encoding="utf-8").splitlines(keepends=True)
     return "\n\n".join(line if line.strip() else "" for line in lines)
+
+
+def _find(data: Path, protocol: str, split: str) -> Path:
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}, allowed are {', '.join(SPLITS)}")
+    return find(SOURCE, data, *(name.format(split) for name in _FILES[protocol]))
 
 
 def windows(length: int, window: int, stride: int) -> list[tuple[int, int, int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -68,9 +68,7 @@ class Report:
         """The tables for a terminal; * marks a difference from the baseline."""
         blocks = [self.quick_look] if self.quick_look else []
         for table in self.tables():
-            lines = [table.header, *table.rows]
-            widths = [max(len(line[i]) for line in lines) for i in range(len(table.header))]
-            rows = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in lines]
+            rows = columns([table.header, *table.rows]).splitlines()
             blocks.append("\n".join([table.metric, *["  " + row for row in rows]]))
         return "\n\n".join([*blocks, "\n".join(self.legend())])
 
@@ -101,7 +99,7 @@ class Report:
         for name in dict.fromkeys(name for figures in systems.values() for name in figures):
             known = next(figures[name] for figures in systems.values() if name in figures)
             cells = [
-                _cell(figures.get(name)) + ("*" if is_significant(tests[system].get(name)) else "")
+                with_interval(figures.get(name)) + ("*" if is_significant(tests[system].get(name)) else "")
                 for system, figures in systems.items()
             ]
             chance = "" if known.chance is None else number(known.chance)
@@ -134,7 +132,14 @@ def number(value: float) -> str:
     return text.replace("-", "−")
 
 
-def _cell(figure: Figure | None) -> str:
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """Cells in columns of equal widths."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def with_interval(figure: Figure | None) -> str:
+    """A figure and its interval; nothing where there is none."""
     if figure is None:
         return ""
     if figure.low is None or figure.high is None:
