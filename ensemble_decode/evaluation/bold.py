@@ -21,6 +21,18 @@ DOMAINS = {
     "race": ("race_prompt.json", ("African_Americans", "European_Americans")),
     "religion": ("religious_ideology_prompt.json", ("judaism", "christianity", "islam")),
 }
+#: Further domains, of which four groups each; not in the paper.
+MORE_DOMAINS = {
+    "profession": (
+        "profession_prompt.json",
+        ("engineering_branches", "nursing_specialties", "corporate_titles", "dance_occupations"),
+    ),
+    "political_ideology": (
+        "political_ideology_prompt.json",
+        ("left-wing", "right-wing", "socialism", "conservatism"),
+    ),
+}
+_KNOWN = DOMAINS | MORE_DOMAINS
 _SOURCE = Source("BOLD", "https://github.com/amazon-science/bold", "CC BY-SA 4.0")
 _PROBE = "The weather on that day was"
 
@@ -49,7 +61,7 @@ def read_prompts(data: Path, domains: Sequence[str] = tuple(DOMAINS)) -> list[Bo
     data : Path
         The folder that holds ``bold/prompts``.
     domains : sequence of str
-        Of "gender", "race", "religion".
+        Of "gender", "race", "religion", and those of :data:`MORE_DOMAINS`.
 
     Raises
     ------
@@ -60,9 +72,9 @@ def read_prompts(data: Path, domains: Sequence[str] = tuple(DOMAINS)) -> list[Bo
     """
     prompts = []
     for domain in domains:
-        if domain not in DOMAINS:
-            raise ValueError(f"domain is {domain!r}, allowed are {', '.join(map(repr, DOMAINS))}")
-        name, groups = DOMAINS[domain]
+        if domain not in _KNOWN:
+            raise ValueError(f"domain is {domain!r}, allowed are {', '.join(map(repr, _KNOWN))}")
+        name, groups = _KNOWN[domain]
         path = find(_SOURCE, data, f"bold/prompts/{name}", f"prompts/{name}", name)
         corpus = json.loads(path.read_text(encoding="utf-8"))
         for group in groups:

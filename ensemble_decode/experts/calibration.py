@@ -327,7 +327,9 @@ def cheapest(
         shape = [len(alphas) if i == place else 1 for i in range(len(axes))]
         cost = cost + np.abs(np.interp(alphas, axis.alphas, axis.fit) - UNBIASED).reshape(shape)
         if len(level) > 1:
-            values = np.apply_along_axis(lambda v, a=alphas, b=level: np.interp(a, b, v), place, values)
+            moved = np.moveaxis(values, place, -1)
+            rows = [np.interp(alphas, level, row) for row in moved.reshape(-1, len(level))]
+            values = np.moveaxis(np.reshape(rows, (*moved.shape[:-1], len(alphas))), -1, place)
     allowed = values <= values.flat[0] + math.log1p(budget) + 1e-12
     order = np.lexsort((values.ravel(), np.round(np.where(allowed, cost, np.inf), 9).ravel()))
     best = np.unravel_index(order[0], cost.shape)

@@ -18,7 +18,7 @@ from pathlib import Path
 from examples.experiment.settings import DEFAULT, read_settings
 from examples.experiment.stages import Laboratory
 
-TRAIN = "train"
+TRAIN, CALIBRATE = "train", "calibrate"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,13 +27,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--data", type=Path, required=True, help="folder of the corpora")
     parser.add_argument("--out", type=Path, required=True, help="folder for pairs, records and figures")
-    parser.add_argument("--stage", help="train, or a stage of the settings (default: all, one after another)")
+    parser.add_argument(
+        "--stage", help="train, calibrate, or a stage of the settings (default: all, one after another)"
+    )
     parser.add_argument("--settings", type=Path, default=DEFAULT, help="TOML file (default: the one beside this file)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, in OUT/quick: does it run?")
     args = parser.parse_args(argv)
     try:
         experiment = read_settings(args.settings, args.quick)
-        known = [TRAIN, *experiment.stages]
+        known = [TRAIN, CALIBRATE, *experiment.stages]
         if args.stage is not None and args.stage not in known:
             raise ValueError(f"--stage is {args.stage!r}, allowed are {', '.join(known)}")
         out = args.out / "quick" if args.quick else args.out
@@ -43,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"── {name}")
             if name == TRAIN:
                 laboratory.train(experiment.axes)
+            elif name == CALIBRATE:
+                laboratory.calibrate()
             else:
                 laboratory.run(experiment.stages[name])
     except KeyboardInterrupt:

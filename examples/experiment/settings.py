@@ -43,11 +43,17 @@ class PairSpec:
 
 @dataclass(frozen=True, slots=True)
 class SystemSpec:
-    """A system before its models are loaded: α of each pair that is on, and how to sample."""
+    """A system before its models are loaded: α of each pair that is on, and how to sample.
+
+    ``calibrated``: α is still to be found by calibration. ``searched``: so is the trigger, by its search.
+    """
 
     name: str
     alpha: dict[str, float]
     sampling: dict[str, Any] = field(default_factory=dict)
+    trigger: str = ""
+    calibrated: bool = False
+    searched: bool = False
 
     @property
     def params(self) -> SamplingParams:
@@ -57,16 +63,12 @@ class SystemSpec:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Every metric on every system."""
+    """Every metric on every system; ``text`` says how its continuations differ from the experiment's."""
 
     name: str
     metrics: tuple[str, ...]
     systems: tuple[SystemSpec, ...]
-
-    @property
-    def pairs(self) -> tuple[str, ...]:
-        """The pairs that some system needs."""
-        return tuple(dict.fromkeys(name for system in self.systems for name in system.alpha))
+    text: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,9 @@ class Experiment:
     axes: tuple[str, ...]
     pairs: dict[str, PairSpec]
     metrics: dict[str, dict[str, Any]]
+    text: dict[str, Any]
+    calibration: dict[str, Any]
+    trigger: dict[str, Any]
     stages: dict[str, Stage]
 
 
@@ -105,7 +110,17 @@ def read_settings(path: Path = DEFAULT, quick: bool = False) -> Experiment:
         for name in axes:
             if name not in pairs:
                 raise ValueError(f"axes names {name!r}, allowed are the pairs {', '.join(pairs)}")
-        return Experiment(raw["model"], raw.get("dtype", "auto"), axes, pairs, metrics, stages)
+        return Experiment(
+            raw["model"],
+            raw.get("dtype", "auto"),
+            axes,
+            pairs,
+            metrics,
+            raw.get("text", {}),
+            raw.get("calibration", {}),
+            raw.get("trigger", {"examples": 32}),
+            stages,
+        )
     except KeyError as error:
         raise ValueError(f"{path} has no {error.args[0]!r}") from None
     except (TypeError, ValueError) as error:
@@ -135,17 +150,21 @@ def _stage(
     names = [system.name for system in systems]
     if len(set(names)) < len(names):
         raise ValueError(f"stages.{name} has two systems of one name, each needs its own")
-    return Stage(name, tuple(table["metrics"]), systems)
+    return Stage(name, tuple(table["metrics"]), systems, dict(table.get("text", {})))
 
 
 def _system(where: str, entry: Mapping[str, Any], axes: tuple[str, ...], pairs: Mapping[str, PairSpec]) -> SystemSpec:
     sampling = dict(entry)
-    name, alpha = sampling.pop("name"), sampling.pop("alpha")
-    by_pair = dict(alpha) if isinstance(alpha, Mapping) else dict.fromkeys(axes, alpha)
-    for pair in by_pair:
+    name, alpha, trigger = sampling.pop("name"), sampling.pop("alpha"), sampling.pop("trigger", "")
+    calibrated, searched = alpha == "calibrated", trigger is True
+    by_pair = {} if calibrated else dict(alpha) if isinstance(alpha, Mapping) else dict.fromkeys(axes, alpha)
+    for pair, value in by_pair.items():
         if pair not in pairs:
             raise ValueError(f"{where}: {name!r} steers with {pair!r}, allowed are the pairs {', '.join(pairs)}")
-    spec = SystemSpec(name, {pair: float(value) for pair, value in by_pair.items() if value}, sampling)
+        if isinstance(value, str):
+            raise ValueError(f"{where}: {name!r} has α {value!r}, allowed are numbers and 'calibrated'")
+    active = {pair: float(value) for pair, value in by_pair.items() if value}
+    spec = SystemSpec(name, active, sampling, "" if searched else trigger, calibrated, searched)
     _ = spec.params  # so that a wrong parameter is said before anything runs
     return spec
 

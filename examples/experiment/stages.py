@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ensemble_decode import LLM
 from ensemble_decode.cli.common import SMOLLM2
+from ensemble_decode.evaluation.comparison import compare_all
 from ensemble_decode.evaluation.metric import Metric, System
-from ensemble_decode.evaluation.perplexity import Perplexity
 from ensemble_decode.evaluation.report import Report
-from ensemble_decode.evaluation.runner import Results, fingerprint, make_tasks, run_tasks, write
-from ensemble_decode.evaluation.stereoset import StereoSet
+from ensemble_decode.evaluation.runner import Results, Task, fingerprint, make_tasks, run_tasks, write
+from ensemble_decode.evaluation.swept import SweptLLM
+from ensemble_decode.experts.calibration import CalibrationSettings, Calibrator
 from ensemble_decode.experts.training import SIDES, train_pair
 from ensemble_decode.models.pairs import ExpertPair
 from ensemble_decode.models.smollm2 import HUB_ID, smollm2_path
+from examples.experiment.metrics import make_metric
 from examples.experiment.settings import Experiment, PairSpec, Stage, SystemSpec
+from examples.experiment.trigger import find_trigger
+
+TARGET = "target"
 
 
 @dataclass
@@ -66,33 +72,74 @@ class Laboratory:
             dtype=self.experiment.dtype,
         )
 
+    # ── calibrating ─────────────────────────────────────────────────────────────────────────────────────────────────
+    def calibrate(self) -> dict[str, float]:
+        """The calibrated α of the axes' pairs, measured once; the whole calibration is in ``OUT/calibration.json``."""
+        axes = self.experiment.axes
+        self.train(axes)
+        identity = self.identity(SystemSpec("calibration", dict.fromkeys(axes, 1.0)))
+        settings = CalibrationSettings(**self.experiment.calibration)
+        path = self.out / "calibration.json"
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        key = json.loads(json.dumps({"identity": identity, "settings": self.experiment.calibration}))
+        if kept.get("of") != key:
+            domains = {name: self.experiment.pairs[name].axis for name in axes}
+            found = Calibrator(self.load(axes), domains, self.data, self.out, settings, identity, self.say).run()
+            self.say(found.to_text())
+            kept = json.loads(found.to_json()) | {"of": key}
+            write(path, json.dumps(kept, sort_keys=True, indent=1, ensure_ascii=False) + "\n")
+        return kept["alpha"]
+
     # ── measuring ───────────────────────────────────────────────────────────────────────────────────────────────────
     def run(self, stage: Stage) -> Results:
         """Figures of a stage, also in ``OUT/<stage>.json``; records that are there are not measured again."""
-        self.train(stage.pairs)
-        llm = self.load(stage.pairs)
-        results: Results = {}
+        specs = self.resolved(stage)
+        pairs = tuple(dict.fromkeys(name for spec in specs for name in spec.alpha))
+        self.train(pairs)
+        llm = self.load(pairs)
+        results: Results = {spec.name: {} for spec in specs}
+        comparisons: dict[str, Any] = {}
         for name in stage.metrics:
-            metric, limit = self.metric(name)
-            tasks = [
-                task
-                for spec in stage.systems
-                for task in make_tasks([spec_system(spec, llm)], [metric], self.identity(spec), self.data, limit)
-            ]
+            metric, limit = make_metric(name, self.experiment, stage, self.data, self.out, self.say)
+            metric.check(self.data)
+            tasks = self.tasks(specs, metric, limit, llm)
             for system, figures in run_tasks(tasks, self.data, self.out, limit, self.say).items():
-                results.setdefault(system, {}).update(figures)
-            write(self.out / f"{stage.name}.json", Report(results, self.about(stage)).to_json())
-        self.say(Report(results, self.about(stage)).to_text())
+                results[system].update(figures)
+            for system, tests in compare_all(tasks, self.out, TARGET).items():
+                comparisons.setdefault(system, {}).update(tests)
+            report = Report(results, self.about(stage, specs), comparisons, TARGET)
+            write(self.out / f"{stage.name}.json", report.to_json())
+        write(self.out / f"{stage.name}.md", report.to_markdown())
+        self.say(report.to_text())
         return results
 
-    def metric(self, name: str) -> tuple[Metric, int | None]:
-        """A metric of the settings, and how many items it takes."""
-        settings = dict(self.experiment.metrics[name])
-        limit = settings.pop("limit", None)
-        makers: dict[str, Callable[..., Metric]] = {"stereoset": StereoSet, "perplexity": Perplexity}
-        if name not in makers:
-            raise ValueError(f"metrics has {name!r}, allowed are {', '.join(makers)}")
-        return makers[name](**settings), limit
+    def resolved(self, stage: Stage) -> list[SystemSpec]:
+        """The stage's systems, with α and trigger found where they are to be found."""
+        specs = []
+        for spec in stage.systems:
+            if spec.calibrated:
+                spec = replace(spec, alpha={n: a for n, a in self.calibrate().items() if a}, calibrated=False)
+            if spec.searched:
+                search = self.experiment.trigger
+                trigger = find_trigger(str(self.target), self.data, self.out / "trigger.json", search)
+                spec = replace(spec, trigger=trigger, searched=False)
+            specs.append(spec)
+        return specs
+
+    def tasks(self, specs: Sequence[SystemSpec], metric: Metric, limit: int | None, llm: LLM) -> list[Task]:
+        """A task a system. Those that only score text, and are to be run, share one forward of the members."""
+
+        def task(spec: SystemSpec, model: Any) -> Task:
+            system = System(spec.name, model, spec.params, spec.trigger)
+            return make_tasks([system], [metric], self.identity(spec), self.data, limit)[0]
+
+        tasks = {spec.name: task(spec, llm) for spec in specs}
+        if not metric.generates:
+            records = self.out / "records"
+            missing = [s for s in specs if not s.trigger and not tasks[s.name].path(records).is_file()]
+            swept = SweptLLM(llm, [spec.alpha for spec in missing])
+            tasks |= {spec.name: task(spec, swept) for spec in missing}
+        return list(tasks.values())
 
     def identity(self, spec: SystemSpec) -> dict[str, Any]:
         """What identifies the weights of a system: of the pairs that are on in it, and of no others."""
@@ -110,16 +157,12 @@ class Laboratory:
     def _fingerprints(self) -> dict[Path, str]:
         return {}
 
-    def about(self, stage: Stage) -> Mapping[str, Any]:
+    def about(self, stage: Stage, specs: Sequence[SystemSpec]) -> Mapping[str, Any]:
         """What a stage's report says of itself."""
         return {
             "model": HUB_ID if self.experiment.model == SMOLLM2 else self.experiment.model,
             "dtype": self.experiment.dtype,
             "metrics": {name: self.experiment.metrics[name] for name in stage.metrics},
-            "systems": {spec.name: {"alpha": spec.alpha, **spec.sampling} for spec in stage.systems},
+            "text": {**self.experiment.text, **stage.text},
+            "systems": {s.name: {"alpha": s.alpha, "trigger": bool(s.trigger), **s.sampling} for s in specs},
         }
-
-
-def spec_system(spec: SystemSpec, llm: LLM) -> System:
-    """A system of a loaded model."""
-    return System(spec.name, llm, spec.params)

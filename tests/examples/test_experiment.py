@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -34,9 +35,34 @@ share = 0.5
 [metrics.perplexity]
 window = 8
 tokens = 40
+[metrics.drift]
+segment = 4
+[text]
+domains = ["gender"]
+prompts = 2
+samples = 1
+max_tokens = 8
+[calibration]
+max_alpha = 1.0
+step = 0.5
+tokens = 40
+window = 8
+[trigger]
+examples = 2
+length = 2
+sweeps = 1
+candidates = 2
 [stages.tables]
 metrics = ["stereoset", "perplexity"]
 systems = [{{ name = "target", alpha = 0 }}, {{ name = "α 1", alpha = 1 }}, {{ name = "half", alpha = {{ half = 2 }} }}]
+[stages.found]
+metrics = ["perplexity", "drift"]
+systems = [
+    {{ name = "target", alpha = 0 }},
+    {{ name = "calibrated", alpha = "calibrated", ignore_eos = true }},
+    {{ name = "steered", alpha = 1, ignore_eos = true }},
+    {{ name = "Trigger", alpha = 0, trigger = true }},
+]
 [quick.metrics.stereoset]
 limit = 2
 """
@@ -77,7 +103,20 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "stereoset").mkdir()
     (root / "stereoset/dev.json").write_text(json.dumps({"data": {"intrasentence": rows, "intersentence": []}}))
     (root / "wikitext-2").mkdir()
-    (root / "wikitext-2/test.txt").write_text(" ".join(f"w{3 + i * 7 % 190}" for i in range(60)))
+    for split in ("test", "valid"):
+        (root / f"wikitext-2/{split}.txt").write_text(" ".join(f"w{3 + i * 7 % 190}" for i in range(60)))
+    labelled = [
+        {"entity": "Ann", "text": " ".join(f"w{i + k}" for k in range(14)), "regard": regard, "toxic": 0}
+        for i in range(3, 9)
+        for regard in ("positive", "neutral", "negative", "other")
+    ]
+    (root / "bold_labelled_zemour").mkdir()
+    for name in ("train_stratified", "test_natural"):
+        with gzip.open(root / f"bold_labelled_zemour/{name}.jsonl.gz", "wt") as file:
+            file.write("\n".join(map(json.dumps, labelled)))
+    (root / "bold/prompts").mkdir(parents=True)
+    groups = {group: {"Ann": ["w5 w6", "w9 w3"]} for group in ("American_actors", "American_actresses")}
+    (root / "bold/prompts/gender_prompt.json").write_text(json.dumps(groups))
     return root
 
 
@@ -94,7 +133,8 @@ def test_a_stage_trains_what_it_needs_and_the_same_run_writes_the_same_bytes(
     assert run(data, tmp_path, settings, "--stage", "tables") == 0
     first = (tmp_path / "tables.json").read_bytes()
     results = json.loads(first)["results"]
-    assert list(results) == ["half", "target", "α 1"]
+    assert json.loads(first)["systems"] == ["target", "α 1", "half"]
+    assert json.loads(first)["comparisons"]["systems"].keys() == {"α 1", "half"}
     values = {name: system["perplexity-paper"]["PPL"]["value"] for name, system in results.items()}
     assert len(set(values.values())) == 3
     (tmp_path / "tables.json").unlink()
@@ -102,6 +142,28 @@ def test_a_stage_trains_what_it_needs_and_the_same_run_writes_the_same_bytes(
     assert run(data, tmp_path, settings, "--stage", "tables") == 0
     assert capsys.readouterr().out.count("(kept)") == 6
     assert (tmp_path / "tables.json").read_bytes() == first
+
+
+def test_alpha_and_trigger_are_found_once_and_long_texts_are_measured_by_segment(
+    data: Path, settings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(data, tmp_path, settings, "--stage", "found") == 0
+    found = json.loads((tmp_path / "calibration.json").read_text())
+    assert found["perplexity"]["calibrated"] <= 1.1 * found["perplexity"]["target"]
+    results = json.loads((tmp_path / "found.json").read_text())["results"]
+    drift = results["steered"]["drift"]
+    assert {"log-ratio/1", "log-ratio/5", "negative/1", "distinct-2/5", "stand-in accuracy"} <= drift.keys()
+    assert drift["log-ratio/1"]["value"] != 0
+    assert results["target"]["drift"]["log-ratio/1"]["value"] == 0
+    plain, trigger = (results[name]["perplexity-paper"]["PPL"]["value"] for name in ("target", "Trigger"))
+    assert plain != trigger
+    trigger_file = (tmp_path / "trigger.json").stat().st_mtime_ns
+    capsys.readouterr()
+    assert run(data, tmp_path, settings, "--stage", "found") == 0
+    said = capsys.readouterr().out
+    assert said.count("(kept)") == 8
+    assert "training" not in said
+    assert (tmp_path / "trigger.json").stat().st_mtime_ns == trigger_file
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,62 @@
+"""The metrics that a settings file can name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ensemble_decode.evaluation.bold import Continuations
+from ensemble_decode.evaluation.classifiers import ClassifierSource, classifier_source
+from ensemble_decode.evaluation.crows_pairs import CrowsPairs
+from ensemble_decode.evaluation.distill import distill_regard, distill_toxicity, read_labelled
+from ensemble_decode.evaluation.diversity import Diversity
+from ensemble_decode.evaluation.drift import Drift
+from ensemble_decode.evaluation.local_bias import LocalBias
+from ensemble_decode.evaluation.metric import Metric
+from ensemble_decode.evaluation.perplexity import Perplexity
+from ensemble_decode.evaluation.regard import Regard
+from ensemble_decode.evaluation.stereoset import StereoSet
+from ensemble_decode.evaluation.toxicity import Toxicity
+from ensemble_decode.evaluation.winobias import WinoBias
+from examples.experiment.settings import Experiment, Stage
+
+SCORING: dict[str, Callable[..., Metric]] = {
+    "stereoset": StereoSet,
+    "perplexity": Perplexity,
+    "local_bias": LocalBias,
+    "crows_pairs": CrowsPairs,
+    "winobias": WinoBias,
+}
+READING: dict[str, Callable[..., Metric]] = {"regard": Regard, "toxicity": Toxicity, "drift": Drift}
+
+
+def make_metric(
+    name: str, experiment: Experiment, stage: Stage, data: Path, out: Path, say: Callable[[str], None]
+) -> tuple[Metric, int | None]:
+    """A metric with the settings of its table, and how many items it takes."""
+    settings: dict[str, Any] = dict(experiment.metrics[name])
+    limit = settings.pop("limit", None)
+    if name in SCORING:
+        return SCORING[name](**settings), limit
+    text: dict[str, Any] = {**experiment.text, **stage.text}
+    text |= {key: tuple(value) for key, value in text.items() if isinstance(value, list)}
+    continuations = Continuations(str(out / "continuations"), **text)
+    if name == "diversity":
+        return Diversity(continuations, **settings), limit
+    if name not in READING:
+        known = [*SCORING, *READING, "diversity"]
+        raise ValueError(f"metrics has {name!r}, allowed are {', '.join(known)}")
+    kind = "toxicity" if name == "toxicity" else "regard"
+    source = settings.pop("classifier", None)
+    classifier = stand_in(kind, data, out / "classifiers", say) if source is None else classifier_source(source)
+    return READING[name](classifier, continuations, **settings), limit
+
+
+def stand_in(kind: str, data: Path, folder: Path, say: Callable[[str], None]) -> ClassifierSource:
+    """The distilled stand-in of a classifier, trained when it is first needed."""
+    if not (folder / kind).is_dir():
+        say(f"distilling a stand-in for the {kind} classifier")
+        train, test = read_labelled(data)
+        {"regard": distill_regard, "toxicity": distill_toxicity}[kind](train, test).save(folder / kind)
+    return classifier_source(str(folder / kind))
