@@ -88,22 +88,25 @@ def run(args: argparse.Namespace) -> int:
         metric.check(data)
     llm = load_model(args)
     tasks = make_tasks([spec.of(llm) for spec in specs], metrics, identity(args), data, args.limit)
+    about, done = _about(args), tasks
     try:
         results = run_tasks(tasks, data, out, args.limit, say=lambda line: print(line, file=sys.stderr))
     except KeyboardInterrupt:
+        done = [task for task in tasks if task.path(out / "records").is_file()]
+        results = run_tasks(done, data, out, args.limit, say=lambda line: None)
+        about["interrupted"] = f"after {len(done)} of {len(tasks)} measurements"
         print(f"interrupted: what is done is kept in {out}, the same command goes on from there", file=sys.stderr)
-        return 130
-    report = Report(results, _about(args), compare_all(tasks, out, TARGET), TARGET)
+    report = Report(results, about, compare_all(done, out, TARGET), TARGET)
     write(out / "report.json", report.to_json())
     write(out / "report.md", report.to_markdown())
     alphas = dict(zip([spec.name for spec in specs], _alphas(args), strict=False))  # the sweep comes first
     write(out / "report.html", render(report, alphas))
     if args.json:
         print(report.to_json(), end="")
-        return 0
-    print(report.to_text())
-    print("\n" + ", ".join(str(out / f"report.{kind}") for kind in ("html", "md", "json")))
-    return 0
+    else:
+        print(report.to_text())
+        print("\n" + ", ".join(str(out / f"report.{kind}") for kind in ("html", "md", "json")))
+    return 130 if "interrupted" in about else 0
 
 
 def _metrics(args: argparse.Namespace, out: Path) -> list[Metric]:

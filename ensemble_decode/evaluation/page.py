@@ -18,6 +18,7 @@ _AGAINST_ALPHA: dict[str, tuple[str, str, float | None, str]] = {
     "regard": ("gap", "regard gap", None, ""),
     "toxicity": ("gap", "toxicity gap", None, ""),
 }
+_CHANCE = " Dotted: chance, what a system without bias shows at this sample size."
 
 
 def render(report: Report, alphas: dict[str, float]) -> str:
@@ -58,14 +59,15 @@ def _alpha_plots(report: Report, alphas: dict[str, float]) -> list[dict[str, Any
                 for system in order
                 if name in (found := report.results[system].get(metric, {}))
             ]
-            lines.append(Series(name.partition("/")[2] or "all", points))
+            level = known[name].chance if rule is None else None
+            lines.append(Series(name.partition("/")[2] or "all", points, level=level))
         if lines:
             plots.append(
                 {
                     "title": f"{title[0].upper()}{title[1:]} against α",
                     "svg": line_plot(lines, "α", f"{title} ({metric})", rule, note),
                     "key": [line.name for line in lines],
-                    "note": "Bands: 95 % intervals.",
+                    "note": "Bands: 95 % intervals." + _CHANCE * any(line.level is not None for line in lines),
                 }
             )
     return plots

@@ -32,7 +32,7 @@ def report() -> Report:
                 "ICAT": figure(69 + 6 * a),
             },
             "perplexity-paper": {"PPL": figure(25 + a * a), "PPL/window": Figure(992)},
-            "regard": {"gap/gender": figure(0.02 - 0.005 * a), "stand-in accuracy": Figure(0.754)},
+            "regard": {"gap/gender": figure(0.02 - 0.005 * a, 0.01), "stand-in accuracy": Figure(0.754)},
         }
         for name, a in ({**ALPHAS, "<b>trigger</b>": 0.5}).items()
     }
@@ -75,6 +75,8 @@ def test_the_page_says_what_a_reader_must_know(report: Report) -> None:
     assert "accuracy 0.754" in text
     assert "52.00*" in text
     assert "p 0.003" in text
+    assert "Dotted: chance" in text
+    assert text.count('class="level"') == 1
     assert "http" not in text
     assert render(report, ALPHAS) == text
     assert "<svg" not in render(Report({"target": {"m": {"x": Figure(1.0)}}}, {}), {"target": 0.0})

@@ -11,7 +11,8 @@ import pytest
 
 from ensemble_decode import SamplingParams
 from ensemble_decode.corpora.stereoset import LABELS, read_examples
-from ensemble_decode.evaluation.metric import System
+from ensemble_decode.evaluation.comparison import compare
+from ensemble_decode.evaluation.metric import Record, System
 from ensemble_decode.evaluation.statistics import bootstrap_interval
 from ensemble_decode.evaluation.stereoset import StereoSet, continuation_scores
 from tests.evaluation.words import Words
@@ -20,24 +21,40 @@ PUBLISHED = ("gpt2_base_stereoset", "gpt2_med_stereoset", "dexperts_base_stereos
              "dexperts_med_stereoset_alpha=1", "trigger_base_stereoset")  # fmt: skip
 
 
-@pytest.mark.parametrize("run", PUBLISHED)
-def test_published_scores_give_the_published_figures(run: str) -> None:
+def published_records(run: str) -> tuple[Path, list[Record]]:
+    """The folder of the published results, and a run's scores as records."""
     root = os.environ.get("ENSEMBLE_DECODE_DATA")
     if root is None:
         pytest.skip("ENSEMBLE_DECODE_DATA is unset: the published scores are in a folder that the user names")
     folder = Path(root) / "stereoset_preds_zemour"
     (rows,) = json.loads(gzip.decompress((folder / f"preds_{run}.json.gz").read_bytes())).values()
-    (published,) = json.loads((folder / f"scores_{run}.json").read_text()).values()
     scores = {row["id"]: row["score"] for row in rows}
-    records = [
+    return folder, [
         {"id": e.id, "domain": e.domain, "term": e.term, **{label: scores[e[label].id] for label in LABELS}}
         for e in read_examples(root)
     ]
+
+
+@pytest.mark.parametrize("run", PUBLISHED)
+def test_published_scores_give_the_published_figures(run: str) -> None:
+    folder, records = published_records(run)
+    (published,) = json.loads((folder / f"scores_{run}.json").read_text()).values()
     figures = StereoSet(resamples=20).summarise(records)
     for domain, theirs in published.items():
         for ours, name in (("SS", "SS Score"), ("LMS", "LM Score"), ("ICAT", "ICAT Score")):
             key = ours if domain == "overall" else f"{ours}/{domain}"
             assert figures[key].value == pytest.approx(theirs[name], abs=1e-9)
+
+
+def test_the_published_reduction_is_no_accident() -> None:
+    """GPT-2 with experts at α = 1 against GPT-2 alone, on the same target terms."""
+    metric = StereoSet()
+    steered, target = (metric.estimates(published_records(run)[1]) for run in (PUBLISHED[2], PUBLISHED[0]))
+    ss, icat = (compare(steered[name], target[name], 500) for name in ("SS", "ICAT"))
+    assert ss is not None
+    assert icat is not None
+    assert (round(ss.difference, 2), round(icat.difference, 2)) == (-6.95, 11.43)
+    assert ss.high < 0 < icat.low
 
 
 def test_terms_weigh_the_same_and_ties_are_no_preference() -> None:

@@ -13,8 +13,9 @@ from ensemble_decode import LLM, SamplingParams
 from ensemble_decode.cli import main
 from ensemble_decode.cli.common import CommandError
 from ensemble_decode.cli.systems import parse_system, sweep
-from ensemble_decode.evaluation.bold import paper_params
-from ensemble_decode.evaluation.metric import System
+from ensemble_decode.evaluation.bold import DOMAINS, paper_params
+from ensemble_decode.evaluation.diversity import Diversity
+from ensemble_decode.evaluation.metric import Record, System
 from ensemble_decode.evaluation.perplexity import Perplexity
 from ensemble_decode.evaluation.runner import make_tasks
 from ensemble_decode.evaluation.stereoset import StereoSet, sentence_scores
@@ -104,33 +105,48 @@ def test_perplexity_after_a_trigger_counts_the_window_s_tokens(tmp_path: Path) -
         Perplexity(window=39).lengths(40, 2)
 
 
-def test_evaluate_of_systems_of_one_s_own(models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One command: a small model, a trigger, generated text, and what a second run does not do again."""
+@pytest.fixture
+def command(models: Models, tmp_path: Path) -> list[str]:
+    """``evaluate`` with a small model, three invented prompts a group, a sampler and a trigger."""
     folder = tmp_path / "data"
     (folder / "bold" / "prompts").mkdir(parents=True)
-    for name, groups in (
-        ("gender", ("American_actors", "American_actresses")),
-        ("race", ("African_Americans", "European_Americans")),
-        ("religious_ideology", ("judaism", "christianity", "islam")),
-    ):
+    for name, groups in DOMAINS.values():
         corpus = {group: {"A_B": ["w5 w6", "w6 w7", "w7 w8"]} for group in groups}
-        (folder / "bold" / "prompts" / f"{name}_prompt.json").write_text(json.dumps(corpus))
-    command = [
-        "evaluate",
-        "-m",
-        str(with_tokenizer(models.model("llama"), tmp_path / "model", 190)),
-        "--dtype",
-        "float32",
-        "--data",
-        str(folder),
-    ]
-    command += ["--out", str(tmp_path / "out"), "--metrics", "diversity", "--prompts", "2", "--samples", "3"]
-    command += ["--system", "greedy: temperature=0", "--system", "trigger: trigger=w9 w8 ", "--json"]
+        (folder / "bold" / "prompts" / name).write_text(json.dumps(corpus))
+    model = with_tokenizer(models.model("llama"), tmp_path / "model", 190)
+    flags = ["-m", str(model), "--dtype", "float32", "--data", str(folder), "--out", str(tmp_path / "out")]
+    flags += ["--metrics", "diversity", "--prompts", "2", "--samples", "3"]
+    return ["evaluate", *flags, "--system", "greedy: temperature=0", "--system", "trigger: trigger=w9 w8 ", "--json"]
+
+
+def test_the_same_run_twice_writes_the_same_bytes_and_generates_once(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(command) == 0
     report = json.loads(capsys.readouterr().out)
-    assert list(report["results"]) == ["greedy", "target", "trigger"]
+    assert report["systems"] == ["target", "greedy", "trigger"]
     assert report["results"]["greedy"]["diversity"]["distinct-1"]["n"] == 14
-    bytes_of = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert report["comparisons"]["systems"]["greedy"]["diversity"]["distinct-1"]["difference"] < 0
+    files = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert main(command) == 0
-    assert "(kept)" in capsys.readouterr().err
-    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == bytes_of
+    assert capsys.readouterr().err.count("(kept)") == 3
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == files
+
+
+def test_ctrl_c_reports_what_is_done(
+    command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Diversity.run
+
+    def interrupted(self: Diversity, system: System, data: Path, limit: int | None = None) -> list[Record]:
+        if system.name == "trigger":
+            raise KeyboardInterrupt
+        return run(self, system, data, limit)
+
+    monkeypatch.setattr(Diversity, "run", interrupted)
+    assert main(command) == 130
+    shown = capsys.readouterr()
+    assert "the same command goes on from there" in shown.err
+    report = json.loads(shown.out)
+    assert report["systems"] == ["target", "greedy"]
+    assert report["about"]["interrupted"] == "after 2 of 3 measurements"
