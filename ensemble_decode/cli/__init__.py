@@ -18,6 +18,7 @@ COMMANDS = {
     "calibrate": "ensemble_decode.cli.calibrate",
     "evaluate": "ensemble_decode.cli.evaluate",
     "distill": "ensemble_decode.cli.distill",
+    "trigger": "ensemble_decode.cli.trigger",
 }
 
 _EPILOG = """\
@@ -44,6 +45,8 @@ examples:
       the alpha of each axis that brings its stereotype score to 50 within a budget of perplexity
   ensemble-decode distill --data data --out classifiers
       stand-ins for the regard and toxicity classifiers, with their measured fidelity
+  ensemble-decode trigger --data data --out trigger.json
+      the tokens of the Trigger baseline, searched by gradients
 """
 
 

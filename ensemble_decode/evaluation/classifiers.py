@@ -79,7 +79,7 @@ def load_classifier(source: str) -> Classifier:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"classifier {source!r} can't be loaded ({reason}): name a folder that holds it as safetensors, "
-            "or a stand-in made by `ensemble-decode distill`"
+            "or a stand-in: `ensemble-decode distill --data DATA --out FOLDER`, then --classifiers FOLDER"
         ) from None
 
 

@@ -98,11 +98,18 @@ class TriggerSearch:
         self.embeddings: torch.Tensor = model.get_input_embeddings().weight
         self._rows = [self._encode(index, example) for index, example in enumerate(examples)]
         self._allowed = self._allowed_tokens()
+        self._state: SearchState | None = None
+
+    @property
+    def losses(self) -> list[float]:
+        """Over all examples, at the start and after each sweep; empty before the first."""
+        state = self._state
+        return [] if state is None else list(state.losses)
 
     def run(self) -> str:
         """Search to the end, or go on where a search was stopped; the best trigger as text."""
         settings = self.settings
-        state = self._load() or self._start()
+        state = self._state = self._load() or self._start()
         with tqdm(total=settings.sweeps * settings.length, initial=state.step, desc="trigger", unit="token") as bar:
             while state.step < settings.sweeps * settings.length:
                 position = state.step % settings.length

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from ensemble_decode.cli import main
 from ensemble_decode.evaluation.trigger import Example, SearchSettings, TriggerSearch
+from ensemble_decode.evaluation.trigger_examples import regard_examples
 from tests.conftest import VOCAB
+from tests.models.test_loading import with_tokenizer
 
 EXAMPLES = [Example(f"w{i} w{i + 1}", f" w{40 + i % 3} w50", 1.0 if i % 4 else -0.5) for i in range(10, 20)]
 SETTINGS = SearchSettings(length=3, sweeps=2, candidates=8, batch_size=10)
@@ -100,3 +106,46 @@ def test_bad_input_is_refused(model):
         TriggerSearch(model, Words(), [Example("w5", "")])
     with pytest.raises(ValueError, match="candidates is 0"):
         SearchSettings(candidates=0)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Two groups with prompts of one person each, and a labelled continuation of every regard."""
+    prompts, labelled = tmp_path / "bold" / "prompts", tmp_path / "bold_labelled_zemour"
+    prompts.mkdir(parents=True)
+    labelled.mkdir()
+    corpus = {"American_actors": {"A": ["w5 w6", "w5 w6 w7"]}, "American_actresses": {"B": ["w8"]}}
+    (prompts / "gender_prompt.json").write_text(json.dumps(corpus))
+    rows = [
+        {"domain": "gender", "entity": entity, "text": f"{prompt} w{10 + i}", "regard": regard, "toxic": False}
+        for entity, prompt in (("A", "w5 w6 w7"), ("B", "w8"), ("C", "w9"))
+        for i, regard in enumerate(("positive", "neutral", "negative", "other", "negative"))
+    ]
+    for name in ("train_stratified", "test_natural"):
+        with gzip.open(labelled / f"{name}.jsonl.gz", "wt") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def test_examples_are_balanced_over_groups_and_labels(data):
+    examples = regard_examples(data, "gender", 1)
+    assert sorted((e.prompt, e.weight) for e in examples) == sorted(
+        (prompt, weight) for prompt in ("w5 w6 w7", "w8") for weight in (1.0, 1.0, -1.0)
+    )
+    assert all(example.continuation.startswith(" w1") for example in examples)
+    with pytest.raises(ValueError, match=r"count is 2, allowed is 1 … 1"):
+        regard_examples(data, "gender", 2)
+
+
+def test_the_command_searches_and_goes_on(data, models, tmp_path, capsys):
+    folder = with_tokenizer(models.model("llama"), tmp_path / "model", VOCAB)
+    flags = ["-m", str(folder), "--data", str(data), "--out", str(tmp_path / "state.json"), "--examples", "1"]
+    command = ["trigger", *flags, "--length", "2", "--candidates", "4", "--sweeps"]
+    assert main([*command, "1"]) == 0
+    first = capsys.readouterr().out
+    assert "6 examples, loss" in first
+    assert "--system 'trigger: alpha=0; trigger=w" in first
+    assert main([*command, "2"]) == 0
+    assert json.loads((tmp_path / "state.json").read_text())["step"] == 4
+    assert main([*command, "2", "--domain", "age"]) == 2
+    assert "domain is 'age'" in capsys.readouterr().err
