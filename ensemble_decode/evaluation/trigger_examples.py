@@ -37,10 +37,10 @@ def regard_examples(data: Path, domain: str, count: int) -> list[Example]:
         prompts.setdefault(prompt.entity, []).append(prompt)
     found: dict[tuple[str, str], list[Example]] = {}
     for row in sorted(read_labelled(data)[0], key=lambda row: hashlib.sha256(row.text.encode()).digest()):
-        prompt = _prompt(row, prompts.get(row.entity, []))
-        if prompt is not None and row.regard in WEIGHTS:
-            example = Example(prompt.text, row.text[len(prompt.text) :], WEIGHTS[row.regard])
-            found.setdefault((prompt.group, row.regard), []).append(example)
+        begun = _prompt(row, prompts.get(row.entity, []))
+        if begun is not None and row.regard in WEIGHTS:
+            example = Example(begun.text, row.text[len(begun.text) :], WEIGHTS[row.regard])
+            found.setdefault((begun.group, row.regard), []).append(example)
     fewest = min((len(examples) for examples in found.values()), default=0)
     if not 1 <= count <= fewest:
         raise ValueError(f"count is {count}, allowed is 1 … {fewest} (examples of the rarest group and label)")
