@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
     from ensemble_decode.evaluation.page import render
     from ensemble_decode.evaluation.report import Report
     from ensemble_decode.evaluation.runner import make_tasks, run_tasks, write
+    from ensemble_decode.evaluation.swept import share_forwards
 
     data, out = Path(args.data).expanduser(), Path(args.out).expanduser()
     metrics = _metrics(args, out)
@@ -88,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
         metric.check(data)
     llm = load_model(args)
     tasks = make_tasks([spec.of(llm) for spec in specs], metrics, identity(args), data, args.limit)
+    tasks = share_forwards(tasks, out / "records")
     about, done = _about(args), tasks
     try:
         results = run_tasks(tasks, data, out, args.limit, say=lambda line: print(line, file=sys.stderr))

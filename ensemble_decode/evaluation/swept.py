@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from ensemble_decode.engine.llm import LLM
 from ensemble_decode.engine.outputs import Score
 from ensemble_decode.engine.params import SamplingParams
 from ensemble_decode.engine.sweep import Alpha, score_sweep
+from ensemble_decode.evaluation.runner import Task
 
 _PLAIN = SamplingParams(alpha=0.0)
 
@@ -49,6 +52,28 @@ class SweptLLM:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._llm, name)
+
+
+def share_forwards(tasks: Sequence[Task], records: Path) -> list[Task]:
+    """The same tasks, metric by metric; those that only score text and are still to be run share one forward of the members.
+
+    A task with a prefix scores texts of its own, and keeps its LLM.
+    """
+    found: list[Task] = []
+    for name in dict.fromkeys(task.metric.name for task in tasks):
+        same = [task for task in tasks if task.metric.name == name]
+        missing = [
+            task
+            for task in same
+            if not (task.metric.generates or task.system.prefix or task.path(records).is_file())
+            and task.system.llm is same[0].system.llm
+        ]
+        if len(missing) > 1:
+            swept = SweptLLM(same[0].system.llm, [task.system.params.alpha for task in missing])
+            llm: Any = swept  # what metrics use of an LLM
+            same = [replace(t, system=replace(t.system, llm=llm)) if t in missing else t for t in same]
+        found += same
+    return found
 
 
 def _key(alpha: Alpha) -> str:

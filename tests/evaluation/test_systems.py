@@ -45,7 +45,7 @@ def test_a_trigger_is_taken_as_it_stands() -> None:
         (": alpha=1", "--system is ': alpha=1'"),
         ("a: beta=1", "says 'beta=1', allowed are alpha, temperature"),
         ("a: alpha", "says 'alpha'"),
-        ("a: alpha=strong", "alpha is 'strong', allowed is a number or pair=number"),
+        ("a: alpha=strong", "alpha is 'strong', allowed is a number, pair=number"),
         ("a: top_k=1.5", "top_k is '1.5', allowed is an integer"),
         ("a: top_p=2", "--system 'a': top_p is 2.0"),
         ("a: nucleus=both", "--system 'a': nucleus is 'both'"),
