@@ -11,7 +11,6 @@ model, and only its speed means anything. Batch 1, sampled with top-p 0.9. Syste
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import statistics
 import sys
@@ -25,7 +24,7 @@ from peers import load, seconds, transformers_alone, transformers_assisted, tran
 from throughput import ALPHA, PAIR, busy_elsewhere, full_experts, processor
 from tqdm import tqdm
 
-from ensemble_decode import LLM, ExpertPair, SamplingParams
+from ensemble_decode import LLM, ExpertPair, SamplingParams, Speculation
 from ensemble_decode.models.smollm2 import smollm2_path
 
 TEXT = (
@@ -45,14 +44,17 @@ GOALS = (
 Run = Callable[[list[int], int], dict[str, float]]
 
 
-def ours(llm: LLM, alpha: float) -> Run:
+def ours(llm: LLM, alpha: float, speculates: bool) -> Run:
+    speculator = llm.engine.speculator
+
     def run(prompt: list[int], new: int) -> dict[str, float]:
         params = SamplingParams(alpha=alpha, top_p=0.9, seed=1, max_tokens=new, ignore_eos=True)
+        llm.engine.speculator = speculator if speculates else None
         output = llm.generate(prompt, params, use_tqdm=False)[0]
         if len(output.outputs[0].token_ids) != new:
             raise RuntimeError(f"a request ended early: {output.outputs[0].error}")
-        names = ("drafted_tokens", "accepted_tokens", "target_forwards", "new_tokens")
-        return {name: getattr(output.metrics, name) for name in names if hasattr(output.metrics, name)}
+        names = ("drafted_tokens", "accepted_tokens", "target_forwards", "new_tokens") if speculates else ()
+        return {name: getattr(output.metrics, name) for name in names}
 
     return run
 
@@ -63,16 +65,6 @@ def peer(generate: Callable[[list[list[int]], int], None]) -> Run:
         return {}
 
     return run
-
-
-def speculation(tokens: int) -> Any | None:
-    """The engine's option; None, said aloud, where this version has none."""
-    if importlib.util.find_spec("ensemble_decode.engine.speculation") is None:
-        print("this version of ensemble_decode has no speculation: drafted systems are left out", file=sys.stderr)
-        return None
-    from ensemble_decode.engine.speculation import Speculation
-
-    return Speculation(draft="expert", tokens=tokens)
 
 
 def build(target: str, args: argparse.Namespace, folder: Path) -> dict[str, Run]:
@@ -86,15 +78,13 @@ def build(target: str, args: argparse.Namespace, folder: Path) -> dict[str, Run]
     systems: dict[str, Run] = {}
     options: dict[str, Any] = {"dtype": "bfloat16", "max_model_len": 1024, "max_num_seqs": 4, "kv_cache_bytes": 1 << 30}
     options["enable_prefix_caching"] = False
-    draft = speculation(args.draft_tokens)
+    options["speculation"] = Speculation("expert", args.draft_tokens)
     for name in args.experts:
-        llm = LLM(target, {"gender": pairs[name]}, **options)
-        systems.setdefault("target", ours(llm, 0.0))
-        systems[name] = ours(llm, ALPHA)
-        if draft is not None:
-            drafting = LLM(target, {"gender": pairs[name]}, speculation=draft, **options)
-            systems.setdefault("target, expert drafts", ours(drafting, 0.0))
-            systems[f"{name}, expert drafts"] = ours(drafting, ALPHA)
+        llm = LLM(target, {"gender": pairs[name]}, **options)  # one engine: without its speculator and with it
+        systems.setdefault("target", ours(llm, 0.0, False))
+        systems[name] = ours(llm, ALPHA, False)
+        systems.setdefault("target, expert drafts", ours(llm, 0.0, True))
+        systems[f"{name}, expert drafts"] = ours(llm, ALPHA, True)
     if args.peers:
         plain, sides = load(target, "bfloat16"), [load(side, "bfloat16") for side in (expert, anti)]
         systems["transformers"] = peer(transformers_alone(plain))

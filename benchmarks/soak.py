@@ -4,6 +4,7 @@
 
 A random Llama of two layers with a LoRA-free full pair does the work, so that the engine and not the model is what runs. A
 tenth of the requests are aborted in the middle; parameters, lengths and α are mixed; the cache is small enough to preempt.
+With ``--speculate`` the expert (or an n-gram) drafts for every second thousand of them, wrong or not.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ensemble_decode import LLM, ExpertPair, SamplingParams
+from ensemble_decode import LLM, ExpertPair, SamplingParams, Speculation
 
 VOCAB = 512
 #: Growth of the resident set, after the first fifth of the requests, that is still called none.
@@ -64,19 +66,24 @@ def random_request(chance: random.Random) -> tuple[list[int], SamplingParams]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=20_000)
+    parser.add_argument("--speculate", metavar="expert|ngram|MODEL", help="draft for every second thousand requests")
     parser.add_argument("--json")
     args = parser.parse_args()
     chance = random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
         target, expert, anti = (small_model(Path(folder), seed) for seed in range(3))
-        llm = LLM(target, {"a": ExpertPair(expert, anti)}, dtype="float32", max_num_seqs=32, kv_cache_bytes=1 << 20)
+        draft = Speculation(args.speculate, adaptive=False) if args.speculate else None
+        options: dict[str, Any] = {"dtype": "float32", "max_num_seqs": 32, "kv_cache_bytes": 1 << 20}
+        llm = LLM(target, {"a": ExpertPair(expert, anti)}, speculation=draft, **options)
     engine, process = llm.engine, psutil.Process()
+    speculator = engine.speculator
     added = done = aborted = preempted = 0
     series, start = [], time.perf_counter()
     mark = max(1, args.requests // 20)
     while done < args.requests:
         while added < args.requests and len(engine.requests) < 64:
             prompt, params = random_request(chance)
+            engine.speculator = speculator if added // 1000 % 2 == 0 else None
             engine.add_request(prompt, params, f"r{added}")
             added += 1
         before = done
@@ -96,12 +103,20 @@ def main() -> int:
     leaked = llm.runner.num_blocks - engine.blocks.num_free
     settled = [entry["rss_mb"] for entry in series[len(series) // 5 :]]
     growth = settled[-1] - settled[0]
+    drafted = int(speculator.stats["drafted"]) if speculator else 0
     print(
-        f"\n{done} requests in {seconds:.0f} s, {aborted} aborted, {preempted} preemptions; after the first fifth the resident set "
+        f"\n{done} requests in {seconds:.0f} s, {aborted} aborted, {preempted} preemptions, {drafted} tokens drafted; after the first fifth the resident set "
         f"grew by {growth:.1f} MB; {leaked} blocks leaked, {len(engine.requests)} requests left"
     )
     if args.json:
-        data = {"requests": done, "seconds": seconds, "aborted": aborted, "preemptions": preempted, "growth_mb": growth}
+        data = {
+            "requests": done,
+            "seconds": seconds,
+            "aborted": aborted,
+            "preemptions": preempted,
+            "drafted": drafted,
+            "growth_mb": growth,
+        }
         Path(args.json).write_text(json.dumps({**data, "leaked_blocks": leaked, "series": series}, indent=1))
     return int(leaked != 0 or bool(engine.requests) or growth > TOLERANCE_MB)
 

@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ensemble_decode import SamplingParams
-    from ensemble_decode.benchmarking import measure
+    from ensemble_decode.benchmarking import compare
 
     for name, value, least in (
         ("--prompt-tokens", args.prompt_tokens, 1),
@@ -42,16 +42,15 @@ def run(args: argparse.Namespace) -> int:
         settings.append(("steered", parse_alpha(args.alpha)))
     results = []
     speculator = llm.engine.speculator
-    modes = [None] if speculator is None else [None, speculator]  # without and with, in turn, in one process
-    with tqdm(total=len(settings) * len(args.batch) * len(modes), disable=args.json or not sys.stderr.isatty()) as bar:
+    modes = [None] if speculator is None else [None, speculator]  # without and with, in turns
+    with tqdm(total=len(settings) * len(args.batch), disable=args.json or not sys.stderr.isatty()) as bar:
         for batch in args.batch:
             for label, alpha in settings:
                 params = SamplingParams(alpha=alpha, top_p=0.9, seed=1)
-                for mode in modes:
-                    llm.engine.speculator = mode
-                    found = measure(llm, batch, args.prompt_tokens, args.new_tokens, params, args.rounds)
-                    results.append({"setting": label, "speculates": mode is not None, **found.as_dict()})
-                    bar.update()
+                found = compare(llm, modes, batch, args.prompt_tokens, args.new_tokens, params, args.rounds)
+                for mode, entry in zip(modes, found, strict=True):
+                    results.append({"setting": label, "speculates": mode is not None, **entry.as_dict()})
+                bar.update()
     if args.json:
         print(json.dumps(results, indent=1))
         return 0

@@ -2,97 +2,166 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-#: Weight of one drafted token in the running acceptance rate.
-_WEIGHT = 0.12
-#: A depth must promise this much more tokens a second than none.
-_MARGIN = 1.03
-#: Steps between two looks whether drafting pays again; doubled after each that it didn't.
-_PAUSE, _LONGEST_PAUSE = 32, 512
+import numpy as np
 
-Seconds = Callable[[int], float]
+#: Depths must promise this much more tokens a second than none.
+_MARGIN = 1.03
+#: Tokens that a running rate remembers, that it brings from its prior, and that it keeps when it is looked at again.
+_WINDOW, _PRIOR = 32.0, 4.0
 
 
 @dataclass(slots=True)
 class Acceptance:
-    """Running share of drafted tokens that the ensemble samples too, of one sequence."""
+    """Running share of drafted tokens that the ensemble samples too: their mean, over a window once it is full.
+
+    ``weight`` is how many tokens ``rate`` stands for, ``idle`` how many steps went by since a draft.
+    """
 
     rate: float
-    pause: int = _PAUSE
-    waited: int = 0
+    weight: float = _PRIOR
+    window: float = _WINDOW
+    idle: int = 0
 
     def observe(self, accepted: int, drafted: int) -> None:
         """Take in a step: ``accepted`` of ``drafted`` tokens agreed, and nothing is known of those after the first that didn't."""
         for agreed in [1.0] * accepted + [0.0] * (accepted < drafted):
-            self.rate += _WEIGHT * (agreed - self.rate)
-        if accepted and accepted == drafted:
-            self.pause = self.waited = _PAUSE  # a try that went well is followed by the next one at once
+            self.weight = min(self.weight + 1, self.window)
+            self.rate += (agreed - self.rate) / self.weight
 
-    def depth(self, most: int, sequences: int, verify: Seconds, draft: Seconds) -> int:
-        """How many tokens to draft in a step; see :func:`best_depth`. Where none pay, one is tried now and then."""
-        depth = best_depth(self.rate, most, sequences, verify, draft)
-        if depth:
-            self.pause, self.waited = _PAUSE, 0
-            return depth
-        if not best_depth(0.95, most, sequences, verify, draft):
-            return 0  # nothing that could be accepted would pay for it
-        self.waited += 1
-        if self.waited < self.pause:
-            return 0
-        self.pause, self.waited = min(2 * self.pause, _LONGEST_PAUSE), 0
-        return 1
+    def doubt(self) -> None:
+        """What was found is old: what is seen next counts more."""
+        self.weight = min(self.weight, _PRIOR)
 
 
-def best_depth(rate: float, most: int, sequences: int, verify: Seconds, draft: Seconds) -> int:
-    """The depth of most tokens a second, 0 … ``most``.
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A sequence that may draft in a step.
 
-    A step that drafts k tokens yields (1 − a^(k+1)) / (1 − a) at acceptance a (Leviathan et al. 2023, formula 1) and costs k
-    draft steps and a forward over k + 1 positions; all ``sequences`` of the step are taken to draft as deep as this one.
+    Attributes
+    ----------
+    rate : float
+        Share of its drafted tokens that is accepted.
+    most : int
+        Tokens that may be drafted.
+    rows : float
+        Rows that verifying one token adds to a step, as mean over its pools.
+    keys : float
+        Tokens of context that one such row reads.
+    unseen : int
+        Tokens that the drafting model computes for the first drafted token.
     """
-    rate = min(rate, 0.999)
-    best, most_tokens = 0, _MARGIN / verify(sequences)
-    for depth in range(1, most + 1):
-        tokens = (1 - rate ** (depth + 1)) / (1 - rate)
-        found = tokens / (depth * draft(sequences) + verify(sequences * (depth + 1)))
-        if found > most_tokens:
-            best, most_tokens = depth, found
-    return best
+
+    rate: float
+    most: int
+    rows: float = 1.0
+    keys: float = 0.0
+    unseen: int = 1
+
+
+#: Seconds of steps by (rows, tokens of context that all these rows read), elementwise.
+Seconds = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def best_depths(
+    candidates: Sequence[Candidate], tokens: float, rows: float, keys: float, verify: Seconds, draft: Seconds | None
+) -> list[int]:
+    """How many tokens each candidate drafts, for most tokens a second of the whole step; all 0 where that gains too little.
+
+    Token i of a draft is kept with probability aⁱ at acceptance a (Leviathan et al. 2023). So the most promising tokens
+    are taken one after the other, over all candidates, and the best of these plans is kept: a step costs its forward over
+    all rows, and one forward of the draft model a depth.
+
+    Parameters
+    ----------
+    candidates : sequence of Candidate
+    tokens, rows, keys : float
+        What the step yields and computes without any draft.
+    verify, draft : Seconds
+        Of the step, and of the draft model's; None: drafts are free.
+    """
+    most = max((candidate.most for candidate in candidates), default=0)
+    depth = np.arange(most)
+    chances = np.array([candidate.rate for candidate in candidates])[:, None] ** (depth + 1)
+    chances[depth >= np.array([candidate.most for candidate in candidates])[:, None]] = 0.0
+    weights = np.array([candidate.rows for candidate in candidates])
+    order = np.argsort(-(chances / weights[:, None]).ravel(), kind="stable")[: np.count_nonzero(chances)]
+    if not len(order):
+        return [0] * len(candidates)
+    who, depth = np.divmod(order, most)
+    context = np.array([candidate.keys for candidate in candidates])[who]
+    more = weights[who]
+    seconds = verify(rows + np.cumsum(more), keys + np.cumsum(more * context))
+    if draft is not None:
+        unseen = np.array([candidate.unseen for candidate in candidates])[who]
+        new = np.where(depth == 0, unseen, 1) * (depth == np.arange(most)[:, None])  # rows of each depth's forward
+        totals = np.cumsum(new, 1)
+        seconds = seconds + np.where(totals, draft(totals, np.cumsum(new * context, 1)), 0.0).sum(0)
+    rates = (tokens + np.cumsum(chances.ravel()[order])) / seconds
+    best = int(np.argmax(rates))
+    if rates[best] <= _MARGIN * tokens / verify(np.array(rows), np.array(keys)):
+        return [0] * len(candidates)
+    return np.bincount(who[: best + 1], minlength=len(candidates)).tolist()
 
 
 class Costs:
-    """Seconds of a step by (pools that compute it, rows), measured at start-up and corrected by what steps really take.
+    """Seconds of a step by (pools that compute it, rows, context), measured at start-up and corrected by what steps really take.
+
+    Rows are counted as the mean over the pools: a step in which half of the sequences are steered has fewer rows in
+    the experts' pools than in the target's.
 
     Parameters
     ----------
     measured : dict
-        For each tuple of pools, seconds by number of rows; lines between them, and on from the last two.
+        For each tuple of pools, seconds by number of rows, on an empty cache; lines between them, and on from the last two.
+    per_key : dict
+        For each tuple of pools, seconds for each token of context that a row reads.
     """
 
-    def __init__(self, measured: Mapping[tuple[int, ...], Mapping[int, float]]) -> None:
-        self._tables = {pools: sorted(table.items()) for pools, table in measured.items()}
-        self._scale = dict.fromkeys(self._tables, 1.0)
+    def __init__(
+        self,
+        measured: Mapping[tuple[int, ...], Mapping[int, float]],
+        per_key: Mapping[tuple[int, ...], float] | None = None,
+    ) -> None:
+        self._tables = {pools: _rising(table) for pools, table in measured.items()}
+        self._per_key = dict(per_key or {})
+        self._scale: dict[tuple[int, ...], float] = {}
+        self._sources: dict[tuple[int, ...], tuple[int, ...]] = {}
 
-    def seconds(self, pools: tuple[int, ...], rows: int) -> float:
-        """Of a step of ``rows`` rows through ``pools``; of the largest set measured where this one was not."""
-        pools = self._known(pools)
-        table = self._tables[pools]
-        upper = min(max(bisect_left(table, (rows, 0.0)), 1), len(table) - 1)
-        if len(table) == 1:
-            return self._scale[pools] * table[0][1] * max(1.0, rows / table[0][0])
-        (x0, y0), (x1, y1) = table[upper - 1], table[upper]
-        return self._scale[pools] * max(y0 + (y1 - y0) * (rows - x0) / (x1 - x0), min(y0, y1))
+    def seconds(self, pools: tuple[int, ...], rows: float, keys: float = 0.0) -> float:
+        """Of a step of ``rows`` rows through ``pools`` that read ``keys`` tokens of context in all."""
+        return float(self.curve(pools, np.array(rows), np.array(keys)))
 
-    def observe(self, pools: tuple[int, ...], rows: int, seconds: float) -> None:
-        """Correct the estimate for ``pools``: contexts grow, neighbours come and go. One outlier moves it little."""
-        pools = self._known(pools)
-        ratio = self._scale[pools] * seconds / self.seconds(pools, rows)
-        self._scale[pools] += 0.05 * (min(ratio, 3 * self._scale[pools]) - self._scale[pools])
+    def curve(self, pools: tuple[int, ...], rows: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        """:meth:`seconds` of many steps."""
+        source = self._source(pools)
+        xs, ys = self._tables[source]
+        slope = (ys[-1] - ys[-2]) / (xs[-1] - xs[-2]) if len(xs) > 1 else ys[0] / xs[0]
+        found = np.interp(rows, xs, ys) + np.maximum(rows - xs[-1], 0.0) * slope
+        return self._scale.get(pools, 1.0) * (found + keys * self._per_key.get(source, 0.0))
 
-    def _known(self, pools: tuple[int, ...]) -> tuple[int, ...]:
-        return pools if pools in self._tables else max(self._tables, key=len)
+    def observe(self, pools: tuple[int, ...], rows: float, keys: float, seconds: float) -> None:
+        """Correct the estimate for ``pools``: neighbours come and go. One outlier moves it little."""
+        scale = self._scale.setdefault(pools, 1.0)
+        ratio = scale * seconds / self.seconds(pools, rows, keys)
+        self._scale[pools] = scale + 0.05 * (min(ratio, 3 * scale) - scale)
+
+    def _source(self, pools: tuple[int, ...]) -> tuple[int, ...]:
+        """The measured pools that stand for ``pools``: these, or the smallest set with all of them, or the largest."""
+        if (found := self._sources.get(pools)) is None:
+            wider = [known for known in self._tables if set(pools) <= set(known)]
+            found = min(wider, key=len) if wider else max(self._tables, key=len)
+            self._sources[pools] = found
+        return found
+
+
+def _rising(table: Mapping[int, float]) -> tuple[list[int], list[float]]:
+    """Rows and seconds, made to rise: more rows never cost less, whatever the clock said."""
+    xs = sorted(table)
+    ys = [min(table[x] for x in xs[i:]) for i in range(len(xs))]
+    return xs, ys
 
 
 class NgramIndex:

@@ -102,7 +102,9 @@ class LLM:
         self.runner = Runner(self.ensemble, blocks, placement)
         speculator = None
         if speculation is not None:
-            speculator = Speculator.measured(speculation, self.ensemble.layout, self.runner.execute, max_num_seqs)
+            speculator = Speculator.measured(
+                speculation, self.ensemble.layout, self.runner.execute, max_num_seqs, blocks
+            )
         self.engine = Engine(
             self.ensemble.layout,
             self.runner,

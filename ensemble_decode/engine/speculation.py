@@ -15,19 +15,28 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from os import PathLike, fspath
 
 from ensemble_decode.engine.batch import Batch, SampleRow, Span, Steering, StepOutput
-from ensemble_decode.engine.drafting import Acceptance, Costs, NgramIndex, best_depth
+from ensemble_decode.engine.drafting import Acceptance, Candidate, Costs, NgramIndex, Seconds, best_depths
 from ensemble_decode.engine.request import ActivePair, Request, Sequence
 from ensemble_decode.engine.scheduler import Scheduler, Taken
 from ensemble_decode.models.layout import Layout
+from ensemble_decode.ops.paged_attention import BLOCK_SIZE
 
 Execute = Callable[[Batch], StepOutput]
 #: Rows at which a step is timed at start-up.
-_MEASURED_ROWS = (1, 2, 4, 8, 16, 32, 64)
+_MEASURED_ROWS = (1, 2, 3, 4, 5, 8, 12, 16, 32, 64)
+_DEAR_ROWS = 8
 _MOST_TOKENS = 16
+#: Context at which reading keys and values is timed, and with how many rows.
+_MEASURED_CONTEXT, _CONTEXT_ROWS = 1024, 4
+#: Acceptance before anything was drafted, of what must be able to pay to be tried at all, and tokens that all remember.
+_FIRST_RATE, _BEST_RATE, _WINDOW = 0.6, 0.95, 200.0
+#: Where drafting doesn't pay, one token is tried now and then: a sequence's after so many steps, and with this share of time.
+_PAUSE, _TRIES = 32, 0.015
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,15 +104,19 @@ class Speculator:
             "draft_seconds": 0.0,
             "saved_seconds": 0.0,
         }
-        self._prior = 0.6  # acceptance of a sequence that has not been seen yet
+        self._prior = Acceptance(_FIRST_RATE, window=_WINDOW)  # of a sequence that has not been seen yet
         self._drafting: list[Sequence] = []
         self._draft_seconds = 0.0
+        self._tried: Sequence | None = None  # drafts although it doesn't seem to pay
+        self._credit = 0.0  # seconds that tries may cost
 
     @classmethod
-    def measured(cls, config: Speculation, layout: Layout, execute: Execute, max_num_seqs: int) -> Speculator:
+    def measured(
+        cls, config: Speculation, layout: Layout, execute: Execute, max_num_seqs: int, num_blocks: int
+    ) -> Speculator:
         """With costs measured by running steps."""
         speculator = cls(config, layout, Costs({}))  # what can't be is refused before anything is timed
-        speculator.costs = measure_costs(config, layout, execute, max_num_seqs)
+        speculator.costs = measure_costs(config, layout, execute, max_num_seqs, num_blocks)
         return speculator
 
     @property
@@ -149,56 +162,121 @@ class Speculator:
         return None
 
     def _could_pay(self, pool: int, sequence: Sequence) -> bool:
-        pools = _pools(sequence)
-        verify, draft = (lambda rows: self.costs.seconds(pools, rows)), (lambda rows: self.costs.seconds((pool,), rows))
-        return best_depth(0.95, self.config.tokens, 1, verify, draft) > 0
+        step = _Step([sequence])
+        candidate = Candidate(_BEST_RATE, self.config.tokens, step.rows)
+        return best_depths([candidate], 1.0, step.rows, 0.0, *self._seconds(step.pools, pool)) != [0]
+
+    def _seconds(self, pools: tuple[int, ...], pool: int | None) -> tuple[Seconds, Seconds | None]:
+        """What a verifying step through ``pools`` takes, and what one of the draft model in ``pool`` does."""
+        return partial(self.costs.curve, pools), None if pool is None else partial(self.costs.curve, (pool,))
 
     # ── before a step ───────────────────────────────────────────────────────────────────────────────────────────────
     def propose(self, scheduler: Scheduler, execute: Execute) -> None:
         """Draft for the sequences that decode in the next step."""
         start = time.perf_counter()
         decoding = scheduler.decoding()
-        depths: dict[Sequence, int] = {}
+        most = {sequence: self._most(sequence, scheduler.draft_room(sequence)) for sequence in decoding}
+        most = {sequence: tokens for sequence, tokens in most.items() if tokens > 0}
+        self._drafting, self._draft_seconds, self._tried = [], 0.0, None
+        if not most:
+            return
+        depths = self._depths(decoding, most) if self.config.adaptive else most
         budget = scheduler.max_num_batched_tokens - sum(len(sequence.views) for sequence in decoding)
-        for sequence in decoding:
-            room = min(scheduler.draft_room(sequence), budget // len(sequence.views))
-            depth = self._depth(sequence, room, len(decoding))
-            if depth and scheduler.reserve_draft(sequence, depth):
-                depths[sequence] = depth
+        granted: dict[Sequence, int] = {}
+        for sequence, wanted in depths.items():
+            depth = min(wanted, budget // len(sequence.views))
+            if depth > 0 and scheduler.reserve_draft(sequence, depth):
+                granted[sequence] = depth
                 budget -= depth * len(sequence.views)
         if self.config.draft == "ngram":
-            for sequence, depth in depths.items():
-                if sequence.ngrams is None:
-                    sequence.ngrams = NgramIndex()
-                sequence.draft = sequence.ngrams.propose(sequence.views[0].tokens, depth)
+            for sequence in most:
+                del sequence.draft[granted.get(sequence, 0) :]
         else:
-            self._run_model(depths, scheduler, execute)
-        self._drafting = [sequence for sequence in depths if sequence.draft]
-        self._draft_seconds = time.perf_counter() - start if self._drafting else 0.0
+            self._run_model(granted, scheduler, execute)
+        self._drafting = [sequence for sequence in granted if sequence.draft]
+        if self._drafting:
+            self._draft_seconds = time.perf_counter() - start
 
-    def _depth(self, sequence: Sequence, room: int, sequences: int) -> int:
+    def _most(self, sequence: Sequence, room: int) -> int:
+        """Tokens that can be drafted for a sequence; prompt lookup leaves them in ``sequence.draft``."""
         most = min(self.config.tokens, room)
-        pool = sequence.request.draft_pool
-        if most <= 0 or (self.config.draft != "ngram" and not self._can_draft(sequence)):
+        if most <= 0:
+            return 0
+        if self.config.draft == "ngram":
+            if sequence.ngrams is None:
+                sequence.ngrams = NgramIndex()
+            sequence.draft = sequence.ngrams.propose(sequence.views[0].tokens, most)
+            most = len(sequence.draft)
+        elif not self._can_draft(sequence):
             return 0
         if sequence.acceptance is None:
-            sequence.acceptance = Acceptance(self._prior)
-        if not self.config.adaptive:
-            return most
-        pools = _pools(sequence)
-
-        def verify(rows: int) -> float:
-            return self.costs.seconds(pools, rows)
-
-        def draft(rows: int) -> float:
-            return 0.0 if pool is None else self.costs.seconds((pool,), rows)
-
-        return sequence.acceptance.depth(most, sequences, verify, draft)
+            sequence.acceptance = Acceptance(self._prior.rate)
+        return most
 
     @staticmethod
     def _can_draft(sequence: Sequence) -> bool:
         pool = sequence.request.draft_pool
         return pool is not None and pool in sequence.views[sequence.request.draft_view].pools
+
+    def _depths(self, decoding: list[Sequence], most: dict[Sequence, int]) -> dict[Sequence, int]:
+        """The depths that pay, and now and then one token for a sequence whose drafts don't: text changes."""
+        step = _Step(decoding)
+        candidates = [self._candidate(sequence, tokens, step) for sequence, tokens in most.items()]
+        # All draft with one model or its like: the first one's forward stands for all.
+        seconds = self._seconds(step.pools, next(iter(most)).request.draft_pool)
+        depths = best_depths(candidates, len(decoding), step.rows, step.keys, *seconds)
+        found = dict(zip(most, depths, strict=True))
+        idle = None
+        for sequence, depth in found.items():
+            assert sequence.acceptance is not None
+            sequence.acceptance.idle = 0 if depth else sequence.acceptance.idle + 1
+            if sequence.acceptance.idle >= _PAUSE and (
+                idle is None or sequence.acceptance.idle > idle.acceptance.idle  # type: ignore[union-attr]
+            ):
+                idle = sequence
+        if idle is not None:
+            self._try(idle, found, candidates, step, seconds)
+        return found
+
+    def _try(
+        self,
+        sequence: Sequence,
+        depths: dict[Sequence, int],
+        candidates: list[Candidate],
+        step: _Step,
+        seconds: tuple[Seconds, Seconds | None],
+    ) -> None:
+        """Draft one token for a sequence, if there is credit for it and drafts that are accepted would pay."""
+        mine, pool = candidates[list(depths).index(sequence)], sequence.request.draft_pool
+        more = self.costs.seconds(step.pools, step.rows + mine.rows, step.keys + mine.rows * mine.keys)
+        cost = more - self.costs.seconds(step.pools, step.rows, step.keys)
+        if pool is not None:
+            cost += self.costs.seconds((pool,), mine.unseen, mine.unseen * mine.keys)
+        if cost > self._credit:
+            return
+        hopeful = [replace(candidate, rate=_BEST_RATE) for candidate in candidates]
+        if not any(best_depths(hopeful, step.sequences, step.rows, step.keys, *seconds)):
+            for other in depths:
+                assert other.acceptance is not None
+                other.acceptance.idle = 0  # nothing that could be accepted would pay for it: not before the next pause
+            return
+        assert sequence.acceptance is not None
+        sequence.acceptance.doubt()
+        sequence.acceptance.idle = 0
+        self._prior.doubt()
+        self._credit -= cost
+        self._tried = sequence
+        depths[sequence] = 1
+
+    def _candidate(self, sequence: Sequence, most: int, step: _Step) -> Candidate:
+        assert sequence.acceptance is not None
+        unseen = 1
+        if self.config.draft != "ngram":
+            view = sequence.views[sequence.request.draft_view]
+            if view.draft_pool is not None:
+                unseen = len(view.tokens) - view.drafted
+        rows, keys = step.of(sequence)
+        return Candidate(sequence.acceptance.rate, most, rows, keys / rows, unseen)
 
     def _run_model(self, depths: dict[Sequence, int], scheduler: Scheduler, execute: Execute) -> None:
         """One forward a drafted token, for all sequences that draft as deep together."""
@@ -226,8 +304,8 @@ class Speculator:
                 batch.spans.append(Span(tokens, begin, view.table, (pool,), 1))
             start = time.perf_counter()
             output = execute(batch)
-            if len({row.pool for row in batch.samples}) == 1 and batch.num_tokens == len(active):
-                self.costs.observe(batch.spans[0].pools, len(active), time.perf_counter() - start)
+            if len({row.pool for row in batch.samples}) == 1:
+                self.costs.observe(*_load(batch), time.perf_counter() - start)
             for sequence, token in zip(active, output.tokens, strict=True):
                 if token >= 0:
                     sequence.draft.append(token)
@@ -247,19 +325,28 @@ class Speculator:
             metrics.target_forwards += 1
             if found.drafted and sequence.acceptance is not None:
                 sequence.acceptance.observe(found.accepted, found.drafted)
-                self._prior += 0.02 * (sequence.acceptance.rate - self._prior)
+                self._prior.observe(found.accepted, found.drafted)
             self._check_vocabulary(sequence)
         self.stats["draft_seconds"] += self._draft_seconds
         if not taken or any(len(span.tokens) != span.outputs for span in batch.spans):
             return  # prompts in it: its time says nothing of decoding
-        pools = tuple(sorted({pool for span in batch.spans for pool in span.pools}))
-        self.costs.observe(pools, len(batch.samples), seconds)
+        pools, rows, keys = _load(batch)
+        self.costs.observe(pools, rows, keys, seconds)
+        share = len(taken) / (len(taken) + sum(found.drafted for found in taken.values()))
+        alone = self.costs.seconds(pools, rows * share, keys * share)  # of the step without drafts
+        self._credit = min(self._credit + _TRIES * alone, alone)
         if self._drafting:
-            rounds = sum(found.new for found in taken.values()) / len(taken)  # steps that the same tokens had taken
-            saved = rounds * self.costs.seconds(pools, len(taken)) - seconds - self._draft_seconds
+            rounds = sum(found.new for found in taken.values()) / len(
+                taken
+            )  # such steps that the same tokens had taken
+            saved = rounds * alone - seconds - self._draft_seconds
             self.stats["saved_seconds"] += saved
             for sequence in self._drafting:
                 sequence.request.metrics.saved_seconds += saved / len(self._drafting)
+            if self._tried is not None and (tried := taken.get(self._tried)) is not None and tried.accepted:
+                assert self._tried.acceptance is not None
+                self._credit += alone / len(taken)  # a try that went well has paid a token, and another follows at once
+                self._tried.acceptance.idle = _PAUSE
 
     def _check_vocabulary(self, sequence: Sequence) -> None:
         """A draft model with a smaller embedding can't read every token; with one of those, it is out."""
@@ -268,36 +355,85 @@ class Speculator:
             view.pools, view.draft_pool = view.decode_pools, None
 
 
-def _pools(sequence: Sequence) -> tuple[int, ...]:
-    """Pools that verify a sequence's tokens."""
-    return tuple(sorted({pool for view in sequence.views for pool in view.decode_pools}))
+class _Step:
+    """What a step of one token a sequence computes, rows and keys as means over its pools."""
+
+    def __init__(self, sequences: list[Sequence]) -> None:
+        self.sequences = len(sequences)
+        self.pools = tuple(sorted({pool for s in sequences for view in s.views for pool in view.decode_pools}))
+        self.rows = self.keys = 0.0
+        for sequence in sequences:
+            rows, keys = self.of(sequence)
+            self.rows += rows
+            self.keys += keys
+
+    def of(self, sequence: Sequence) -> tuple[float, float]:
+        """Rows and keys of one sequence in it."""
+        rows = keys = 0
+        for view in sequence.views:
+            count = len(view.decode_pools)
+            rows += count
+            keys += count * len(view.tokens)
+        return rows / len(self.pools), keys / len(self.pools)
 
 
-def measure_costs(config: Speculation, layout: Layout, execute: Execute, max_num_seqs: int, rounds: int = 3) -> Costs:
-    """Time steps of one token a row on an empty cache: the target alone, all members, and each pool that may draft."""
-    kinds: dict[tuple[int, ...], bool] = {(layout.target_pool,): False, layout.member_pools: True}
+def _load(batch: Batch) -> tuple[tuple[int, ...], float, float]:
+    """Pools of a batch, and rows and keys as means over them."""
+    pools = tuple(sorted({pool for span in batch.spans for pool in span.pools}))
+    rows = keys = 0
+    for span in batch.spans:
+        count = len(span.tokens) * len(span.pools)
+        rows += count
+        keys += count * (span.start + len(span.tokens))
+    return pools, rows / len(pools), keys / len(pools)
+
+
+def measure_costs(
+    config: Speculation, layout: Layout, execute: Execute, max_num_seqs: int, num_blocks: int, rounds: int = 4
+) -> Costs:
+    """Time steps of one token a row, on an empty cache and on a long context.
+
+    Measured are the target alone, the target with each pair, all members, and each pool that may draft.
+    """
+    target = layout.target_pool
+    kinds: dict[tuple[int, ...], tuple[int, ...]] = {(target,): ()}  # pools → pairs that steer
+    for index, pair in enumerate(layout.pairs):
+        anti = target if pair.anti_expert_pool is None else pair.anti_expert_pool
+        kinds.setdefault(tuple(sorted({target, pair.expert_pool, anti})), (index,))
+    kinds.setdefault(layout.member_pools, tuple(range(len(layout.pairs))))
     if config.draft == "expert":
-        kinds.update({(pair.expert_pool,): False for pair in layout.pairs if pair.expert_pool != layout.target_pool})
+        for pair in layout.pairs:
+            kinds.setdefault((pair.expert_pool,), ())
     elif config.draft != "ngram" and layout.draft_pool is not None:
-        kinds.setdefault((layout.draft_pool,), False)
-    measured: dict[tuple[int, ...], dict[int, float]] = {}
-    most = max_num_seqs * (config.tokens + 1)
-    for pools, steered in kinds.items():
-        table = measured.setdefault(pools, {})
-        for rows in _MEASURED_ROWS:
-            if rows > 2 * most:
-                break
-            spans = [Span([0], 0, [0], pools, 1) for _ in range(rows)]
-            pool = None if layout.target_pool in pools else pools[0]
-            samples = []
-            for row in range(rows):
-                pairs = range(len(layout.pairs)) if steered else ()
-                steering = tuple(Steering(pair, 1.0, row, row) for pair in pairs)
-                samples.append(SampleRow(row, steering, 1.0, 0, 0.9, 0.0, "combined", row, 1, pool=pool))
-            best = float("inf")
-            for _ in range(rounds + (rows == 1)):
-                start = time.perf_counter()
-                execute(Batch(spans, samples))
-                best = min(best, time.perf_counter() - start)
-            table[rows] = best
-    return Costs(measured)
+        kinds.setdefault((layout.draft_pool,), ())
+    most = 2 * max_num_seqs * (config.tokens + 1)
+    context = min(_MEASURED_CONTEXT, layout.max_model_len - 1, num_blocks * BLOCK_SIZE - 1)
+    steps = [(rows, 0) for rows in _MEASURED_ROWS if rows <= most] + [(_CONTEXT_ROWS, context)]
+    best: dict[tuple[tuple[int, ...], int, int], float] = {}
+    for number in range(rounds):
+        for pools, pairs in kinds.items():
+            for rows, start in steps:
+                if number % 2 and rows > _DEAR_ROWS:
+                    continue  # they take long and vary little
+                begun = time.perf_counter()
+                execute(_measured_batch(pools, pairs, target, rows, start))
+                key = (pools, rows, start)
+                best[key] = min(best.get(key, math.inf), time.perf_counter() - begun)
+    measured = {pools: {rows: best[pools, rows, 0] for rows, start in steps if not start} for pools in kinds}
+    per_key = {}
+    for pools in kinds:
+        more = best[pools, _CONTEXT_ROWS, context] - measured[pools].get(_CONTEXT_ROWS, math.inf)
+        per_key[pools] = max(more, 0.0) / (_CONTEXT_ROWS * context)
+    return Costs(measured, per_key)
+
+
+def _measured_batch(pools: tuple[int, ...], pairs: tuple[int, ...], target: int, rows: int, start: int) -> Batch:
+    """A token a row at position ``start``. All rows share their blocks: what is in them doesn't matter."""
+    table = list(range(start // BLOCK_SIZE + 1))
+    spans = [Span([0], start, table, pools, 1) for _ in range(rows)]
+    pool = None if target in pools else pools[0]
+    samples = []
+    for row in range(rows):
+        steering = tuple(Steering(pair, 1.0, row, row) for pair in pairs)
+        samples.append(SampleRow(row, steering, 1.0, 0, 0.9, 0.0, "combined", row, start + 1, pool=pool))
+    return Batch(spans, samples)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
+from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from ensemble_decode import LLM, ExpertPair, SamplingParams, Speculation
-from ensemble_decode.engine.batch import SampleRow
-from ensemble_decode.engine.drafting import Acceptance, NgramIndex, best_depth
+from ensemble_decode.engine.async_llm import AsyncLLM
+from ensemble_decode.engine.batch import Batch, SampleRow, StepOutput
+from ensemble_decode.engine.drafting import Candidate, Costs, NgramIndex, best_depths
+from ensemble_decode.engine.engine import Engine
 from tests.conftest import VOCAB as MODEL_VOCAB
 from tests.conftest import Models
 
@@ -144,20 +150,20 @@ def pairs_of(kind: str, models: Models) -> dict[str, ExpertPair]:
     }[kind]
 
 
-def loaded(kind: str, draft: str, models: Models) -> tuple[LLM, LLM]:
+def loaded(kind: str, draft: str, dtype: str, models: Models) -> tuple[LLM, LLM]:
     """The same models with and without speculation, with little memory and small steps in the speculating one."""
     path = models.model("llama")
     # Drafts of some use: the target itself with a small change.
     names = {"same": models.adapter("llama", 3), "other": models.model("llama", 4)}
     speculation = Speculation(names.get(draft, draft), 3, adaptive=False)
-    plain = LLM(path, pairs_of(kind, models), dtype="float32", placement="sequential")
+    plain = LLM(path, pairs_of(kind, models), dtype=dtype, placement="sequential")
     blocks = 36 * plain.ensemble.bytes_per_block
     if draft in names:
         blocks *= 2
     return plain, LLM(
         path,
         pairs_of(kind, models),
-        dtype="float32",
+        dtype=dtype,
         placement="sequential",
         speculation=speculation,
         kv_cache_bytes=blocks,
@@ -166,20 +172,22 @@ def loaded(kind: str, draft: str, models: Models) -> tuple[LLM, LLM]:
 
 
 CASES = [
-    ("no pair", "ngram"),
-    ("no pair", "other"),
-    ("lora pair", "expert"),
-    ("full experts", "expert"),
-    ("prompts", "same"),
-    ("several", "expert"),
-    ("several", "ngram"),
+    ("no pair", "ngram", "float32"),
+    ("no pair", "other", "float32"),
+    ("lora pair", "expert", "float32"),
+    ("full experts", "expert", "float32"),
+    ("prompts", "same", "float32"),
+    ("several", "expert", "float32"),
+    ("several", "ngram", "float32"),
+    ("several", "expert", "bfloat16"),
+    ("several", "ngram", "bfloat16"),
 ]
 
 
-@pytest.mark.parametrize(("kind", "draft"), CASES, ids=[f"{kind}-{draft}" for kind, draft in CASES])
-def test_text_and_logprobs_of_real_models(kind: str, draft: str, models: Models) -> None:
-    """fp32: the same tokens, and log-probabilities that are close."""
-    plain, fast = loaded(kind, draft, models)
+@pytest.mark.parametrize(("kind", "draft", "dtype"), CASES, ids=["-".join(case) for case in CASES])
+def test_text_and_logprobs_of_real_models(kind: str, draft: str, dtype: str, models: Models) -> None:
+    """The same tokens, in bf16 too, and log-probabilities that are close."""
+    plain, fast = loaded(kind, draft, dtype, models)
     layout = fast.engine.layout
     alpha = st.sampled_from([None, 0.0, *({pair.name: 0.4} for pair in layout.pairs)])
 
@@ -238,42 +246,203 @@ def test_an_expert_needs_a_pair(models: Models) -> None:
         LLM(models.model("llama"), dtype="float32", speculation=Speculation("expert"))
 
 
+# ── what comes in between ────────────────────────────────────────────────────────────────────────────────────────────
+def speculating(blocks: int = 100, **options) -> tuple[Engine, Oracle]:
+    """An engine in which the expert drafts, right three times in four, and what it drafts by."""
+    engine = make_engine(blocks, speculation=Speculation("expert", 4, adaptive=False), **options)
+    oracle = Oracle(2, LAYOUT)
+    engine.runner.draft = oracle  # type: ignore[attr-defined]
+    return engine, oracle
+
+
+def drafted(oracle: Oracle, number: int, max_tokens: int = 30) -> tuple[list[int], SamplingParams]:
+    """Request ``number``, steered, and made known to the oracle."""
+    params = SamplingParams(alpha={"gender": 1.0}, max_tokens=max_tokens, seed=number, ignore_eos=True)
+    prompt = [1 + number % 9, 2, 3] * (1 + number % 4)
+    oracle.add(prompt, params, number)
+    return prompt, params
+
+
+def test_requests_that_are_aborted_while_they_draft_leave_nothing_behind() -> None:
+    """Half of the requests are aborted between two steps; the others' text doesn't change, and no block stays."""
+    engine, oracle = speculating(60)
+    chance = random.Random(0)
+    work = {f"{i}": drafted(oracle, i) for i in range(24)}
+    for name, (prompt, params) in work.items():
+        engine.add_request(prompt, params, name)
+    done = {}
+    aborted = set()
+    while engine.has_work:
+        done.update({output.request_id: output for output in engine.step() if output.finished})
+        running = [s.request.request_id for s in engine.scheduler.running if s.request.metrics.drafted_tokens]
+        if running and len(aborted) < 12 and chance.random() < 0.5:
+            aborted.add(name := chance.choice(running))
+            output = engine.abort(name)
+            assert output is not None
+            want = expected(*work[name], work[name][1].seed).tokens  # type: ignore[arg-type]
+            assert output.outputs[0].token_ids == want[: len(output.outputs[0].token_ids)]
+            assert output.outputs[0].finish_reason == "abort"
+    assert len(aborted) == 12
+    assert len(done) == 12
+    for name, output in done.items():
+        assert output.outputs[0].token_ids == expected(*work[name], work[name][1].seed).tokens  # type: ignore[arg-type]
+    assert_no_leak(engine)
+
+
+@pytest.mark.parametrize("where", ["draft", "verification"])
+def test_an_interrupt_leaves_a_usable_engine(where: str) -> None:
+    engine, oracle = speculating()
+    prompt, params = drafted(oracle, 1)
+    execute = engine.runner.execute
+
+    def interrupted(batch: Batch) -> StepOutput:
+        drafts = batch.samples[0].pool is not None
+        if drafts if where == "draft" else len(batch.spans[0].tokens) > 1 and engine.scheduler.running[0].output:
+            raise KeyboardInterrupt
+        return execute(batch)
+
+    engine.add_request(prompt, params, "first")
+    engine.runner.execute = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        run(engine)
+    engine.reset()
+    assert_no_leak(engine)
+    engine.runner.execute = execute  # type: ignore[method-assign]
+    engine.add_request(prompt, params, "second")
+    assert run(engine)["second"].outputs[0].token_ids == expected(prompt, params, 1).tokens  # type: ignore[attr-defined]
+
+
+def test_a_preempted_draft_is_drafted_again() -> None:
+    """Room for two of four at their ends: the young give their blocks back, with what was drafted for them."""
+    engine, oracle = speculating(12)
+    work = {f"{i}": drafted(oracle, i, max_tokens=60) for i in range(4)}
+    for name, (prompt, params) in work.items():
+        engine.add_request(prompt, params, name)
+    done = run(engine)
+    for name, (prompt, params) in work.items():
+        assert done[name].outputs[0].token_ids == expected(prompt, params, int(name)).tokens  # type: ignore[attr-defined]
+    assert sum(output.metrics.preemptions for output in done.values()) > 0  # type: ignore[attr-defined]
+    assert all(output.metrics.accepted_tokens for output in done.values())  # type: ignore[attr-defined]
+    assert_no_leak(engine)
+
+
+def test_streams_of_an_async_engine() -> None:
+    """Outputs grow, by several tokens at a time, into the text; a client that leaves takes nothing along."""
+    engine, oracle = speculating()
+    work = [drafted(oracle, i) for i in range(8)]
+    llm = AsyncLLM(engine)
+
+    async def client(number: int) -> list[list[int]]:
+        prompt, params = work[number]
+        found: list[list[int]] = []
+        async for output in llm.generate(prompt, params):
+            found.append(output.outputs[0].token_ids)
+            if number % 4 == 3 and len(found) == 2:
+                break
+        return found
+
+    async def clients() -> list[list[list[int]]]:
+        return await asyncio.wait_for(asyncio.gather(*map(client, range(8))), 20)
+
+    try:
+        for number, found in enumerate(asyncio.run(clients())):
+            want = expected(*work[number], number).tokens
+            assert all(tokens == want[: len(tokens)] for tokens in found)
+            if number % 4 != 3:
+                assert found[-1] == want
+        assert engine.stats["accepted"] > 0
+    finally:
+        llm.shutdown(timeout=10)
+    assert_no_leak(engine)
+
+
 # ── depth ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+def flat(rows: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    return np.ones_like(rows, dtype=float)
+
+
+def tenth(rows: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    return 0.1 * flat(rows, keys)
+
+
+def by_row(rows: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    return 1.0 * rows
+
+
+def depths(rates: list[float], verify: Callable, draft: Callable | None) -> list[int]:
+    return best_depths([Candidate(rate, 8) for rate in rates], len(rates), len(rates), 0.0, verify, draft)
+
+
 def test_depth_follows_acceptance_and_cost() -> None:
-    def flat(rows: int) -> float:
-        return 1.0
-
-    def tenth(rows: int) -> float:
-        return 0.1
-
-    def by_row(rows: int) -> float:
-        return float(rows)
-
-    depths = [best_depth(rate, 8, 1, flat, tenth) for rate in (0.0, 0.3, 0.6, 0.9, 1.0)]
-    assert depths == sorted(depths)
-    assert depths[0] == 0
-    assert depths[-1] == 8
-    assert best_depth(1.0, 8, 1, flat, flat) == 0, "a draft as dear as the target never pays"
-    assert best_depth(1.0, 8, 8, by_row, tenth) == 0, (
+    found = [depths([rate], flat, tenth)[0] for rate in (0.0, 0.3, 0.6, 0.9, 1.0)]
+    assert found == sorted(found)
+    assert found[0] == 0
+    assert found[-1] == 8
+    assert depths([1.0], flat, flat) == [0], "a draft as dear as the target never pays"
+    assert depths([1.0] * 8, by_row, tenth) == [0] * 8, (
         "where a step's time grows with its rows, verifying costs what it saves"
     )
 
 
-def test_what_never_agrees_is_soon_left_alone() -> None:
-    """Of 2,000 steps with a draft that is always wrong, few pay for one."""
-    acceptance, drafted = Acceptance(0.6), 0
-    for _ in range(2000):
-        depth = acceptance.depth(4, 1, lambda rows: 1.0, lambda rows: 0.3)
-        drafted += depth
-        acceptance.observe(0, depth)
-    assert drafted * 0.3 < 0.05 * 2000
-    for _ in range(600):  # and once it agrees again, it is found out
-        depth = acceptance.depth(4, 1, lambda rows: 1.0, lambda rows: 0.3)
-        acceptance.observe(depth, depth)
-        if depth > 1:
-            break
-    else:
-        raise AssertionError("never tried again")
+def test_of_several_sequences_those_draft_that_are_worth_it() -> None:
+    def rows_above_four_cost(rows: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        return np.maximum(4.0, rows)
+
+    assert depths([0.9, 0.1], flat, None) == [8, 8], "a draft that costs nothing is always worth it"
+    assert depths([0.9, 0.1], rows_above_four_cost, None) == [2, 0]
+    alone = best_depths([Candidate(0.9, 8)], 1, 1, 0.0, flat, lambda rows, keys: 0.05 * rows)
+    behind = best_depths([Candidate(0.9, 8, unseen=200)], 1, 1, 0.0, flat, lambda rows, keys: 0.05 * rows)
+    assert alone[0] > behind[0] == 0, "a drafter that has much to read first is too dear"
+
+
+@pytest.mark.parametrize("probe", [0, 1, 3, 7, 40])
+def test_costs_lie_on_the_measured_lines(probe: int) -> None:
+    costs = Costs({(0,): {1: 1.0, 3: 0.5, 4: 2.0, 8: 4.0}, (0, 1): {1: 3.0}}, {(0,): 0.01})
+    assert costs.seconds((0,), probe) == {0: 0.5, 1: 0.5, 3: 0.5, 7: 3.5, 40: 20.0}[probe], (
+        "more rows never cost less; beyond the last measured ones the line goes on"
+    )
+    assert costs.seconds((0,), 4, 100) == 3.0
+    assert costs.seconds((1,), 1) == 3.0, "the smallest set that holds a pool stands for it"
+    for _ in range(200):
+        costs.observe((0,), 4, 0, 4.0)
+    assert costs.seconds((0,), 8) == pytest.approx(8.0, rel=0.01), "what steps really take corrects the whole line"
+    assert costs.seconds((0, 1), 1) == 3.0
+
+
+class Fixed(Costs):
+    """What the clock says of a fake model means nothing."""
+
+    def observe(self, *args: object) -> None:
+        pass
+
+
+def test_a_draft_that_is_never_right_costs_little_and_is_found_out_when_it_is() -> None:
+    """Tries take less than 5 % of the time, whatever the batch; and once drafts agree, they are used."""
+    engine = make_engine(200, speculation=Speculation("expert", 4), max_num_batched_tokens=200)
+    assert engine.speculator is not None
+    engine.speculator.costs = Fixed({(0, 1, 2): {1: 1.0, 64: 1.1}, (1,): {1: 0.3, 64: 0.3}})
+    oracle = Oracle(8, LAYOUT)
+    engine.runner.draft = oracle  # type: ignore[attr-defined]
+
+    def serve(numbers: range) -> tuple[float, int]:
+        """Share of the time that draft forwards take, and accepted tokens."""
+        engine.runner.batches.clear()  # type: ignore[attr-defined]
+        before = engine.stats["accepted"]
+        for number in numbers:
+            prompt, params = drafted(oracle, number, max_tokens=140)
+            engine.add_request(prompt, params)
+        run(engine)
+        batches: list[Batch] = engine.runner.batches  # type: ignore[attr-defined]
+        forwards = sum(batch.samples[0].pool is not None for batch in batches)
+        return 0.3 * forwards / (len(batches) - forwards), int(engine.stats["accepted"] - before)
+
+    serve(range(8))  # learns
+    share, _ = serve(range(8, 16))
+    assert 0 < share < 0.05
+    oracle.wrong = 0
+    serve(range(16, 26))
+    _, accepted = serve(range(26, 32))
+    assert accepted > 6 * 140 / 2
 
 
 @given(st.lists(st.integers(0, 2), max_size=40), st.integers(1, 6))
