@@ -27,6 +27,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--step", type=float, default=0.25, help="of the grid of alpha (default 0.25)")
     command.add_argument("--tokens", type=int, default=8000, help="tokens of the validation text (default 8000)")
     command.add_argument("--window", type=int, default=992, help="tokens of a perplexity window (default 992)")
+    command.add_argument(
+        "--examples", type=int, help="StereoSet examples of each domain and half, at most (default: all)"
+    )
     command.add_argument("--seed", type=int, default=0, help="of the halves (default 0)")
     command.add_argument("--out", required=True, help="folder for records and calibration.json")
     command.add_argument("--save", action="store_true", help="also write each alpha into its pair's pair.json")
@@ -37,7 +40,9 @@ def run(args: argparse.Namespace) -> int:
     from ensemble_decode.evaluation.runner import write
     from ensemble_decode.experts.calibration import CalibrationSettings, Calibrator
 
-    settings = CalibrationSettings(args.budget, args.max_alpha, args.step, args.tokens, args.window, args.seed)
+    settings = CalibrationSettings(
+        args.budget, args.max_alpha, args.step, args.tokens, args.window, args.seed, args.examples
+    )
     if not args.pair:
         raise CommandError("no --pair: calibrate needs at least one")
     folders = dict(_split(text) for text in args.pair)

@@ -28,6 +28,7 @@ METRICS = (
     "regard",
     "toxicity",
     "diversity",
+    "drift",
 )
 
 
@@ -115,6 +116,7 @@ def _metrics(args: argparse.Namespace, out: Path) -> list[Metric]:
     from ensemble_decode.evaluation.bold import Continuations
     from ensemble_decode.evaluation.crows_pairs import CrowsPairs
     from ensemble_decode.evaluation.diversity import Diversity
+    from ensemble_decode.evaluation.drift import Drift
     from ensemble_decode.evaluation.local_bias import LocalBias
     from ensemble_decode.evaluation.perplexity import Perplexity
     from ensemble_decode.evaluation.redditbias import RedditBias
@@ -144,6 +146,7 @@ def _metrics(args: argparse.Namespace, out: Path) -> list[Metric]:
         "regard": Regard(regard, text),
         "toxicity": Toxicity(toxicity, text),
         "diversity": Diversity(text),
+        "drift": Drift(regard, text),
     }
     names = dict.fromkeys(name.strip() for name in args.metrics.split(","))
     for name in names:

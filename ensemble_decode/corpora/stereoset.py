@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -62,6 +64,17 @@ def read_examples(root: str | PathLike[str], task: str = "intrasentence") -> lis
     folders = ("", "data/", "stereoset/", "StereoSet/data/")
     path = find(SOURCE, root, *[folder + name for folder in folders for name in names])
     return [_example(row, task, path) for row in _rows(path, task)]
+
+
+def draw(examples: Sequence[Example], count: int | None) -> list[Example]:
+    """At most ``count`` examples of each domain, drawn by the digest of their ids, in their order; None: all."""
+    if count is None:
+        return list(examples)
+    if count < 1:
+        raise ValueError(f"examples is {count}, allowed is 1 or more of each domain")
+    order = sorted(examples, key=lambda example: hashlib.sha256(example.id.encode()).digest())
+    kept = {e.id for domain in DOMAINS for e in [e for e in order if e.domain == domain][:count]}
+    return [example for example in examples if example.id in kept]
 
 
 def read_training_pairs(root: str | PathLike[str], domain: str, task: str = "intrasentence") -> list[SentencePair]:

@@ -16,7 +16,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from ensemble_decode.corpora.stereoset import DOMAINS, LABELS, TASKS, read_examples
+from ensemble_decode.corpora.stereoset import DOMAINS, LABELS, TASKS, draw, read_examples
 from ensemble_decode.evaluation.estimate import Estimate, figures_of
 from ensemble_decode.evaluation.metric import Figure, Record, System
 from ensemble_decode.evaluation.statistics import Values
@@ -26,16 +26,22 @@ from ensemble_decode.evaluation.statistics import Values
 class StereoSet:
     """Whether a system prefers stereotypes (SS, unbiased at 50) and meaningful sentences (LMS, best at 100).
 
-    Records are one per example: its id, domain, target term, and the score of each reading.
+    Records are one per example: its id, domain, target term, and the score of each reading. ``examples`` takes at most so many
+    of each domain, drawn by their ids, ``domains`` those alone; None: all, as published figures do.
     """
 
     task: str = "intrasentence"
     resamples: int = 2000
+    examples: int | None = None
+    domains: tuple[str, ...] | None = None
     generates: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise ValueError(f"task is {self.task!r}, allowed are {', '.join(TASKS)}")
+        for domain in self.domains or ():
+            if domain not in DOMAINS:
+                raise ValueError(f"domain is {domain!r}, allowed are {', '.join(DOMAINS)}")
 
     @property
     def name(self) -> str:
@@ -47,7 +53,8 @@ class StereoSet:
 
     def run(self, system: System, data: Path, limit: int | None = None) -> list[Record]:
         """Score the three readings of every example."""
-        examples = read_examples(data, self.task)[:limit]
+        known = [e for e in read_examples(data, self.task) if e.domain in (self.domains or DOMAINS)]
+        examples = draw(known, self.examples)[:limit]
         if self.task == "intrasentence":
             texts = [example[label].text for example in examples for label in LABELS]
             scores = iter(sentence_scores(system, texts))

@@ -2,9 +2,9 @@
 
 On one half of the target terms of each axis, its pair alone is scored at every α of a grid. SS there is a step function of
 few terms; its isotonic fit (the closest function that never rises, by pooling adjacent violators) gives |SS − 50| at every α.
-On a validation text, the perplexity of all pairs together is measured on a lattice of α. log-perplexity is convex in α
-(log Σ exp of linear functions less a linear one), so between the lattice's points a linear interpolation errs upwards only, and
-what seems within the budget is. Of all combinations within it, the one with the least Σ |SS − 50| over the axes is taken, of
+On a validation text, the perplexity of each pair alone bounds its α, and that of all pairs together is measured on a lattice within
+these bounds. log-perplexity is convex in α (log Σ exp of linear functions less a linear one), so between the lattice's points a
+linear interpolation errs upwards only, and what seems within the budget is. Of all combinations within it, the one with the least Σ |SS − 50| over the axes is taken, of
 equal ones the least perplexity. The other half of the terms then says what that does, with all pairs at work.
 """
 
@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from ensemble_decode.corpora.stereoset import DOMAINS, LABELS, Example, read_examples
+from ensemble_decode.corpora.stereoset import DOMAINS, LABELS, Example, draw, read_examples
 from ensemble_decode.engine.llm import LLM
 from ensemble_decode.engine.params import SamplingParams
 from ensemble_decode.evaluation.comparison import Comparison, compare
@@ -42,7 +42,10 @@ _FINE = 60_000  # most combinations that are searched by interpolation
 
 @dataclass(frozen=True, slots=True)
 class CalibrationSettings:
-    """``budget`` is the perplexity that may be added, as a share; ``tokens`` are those of the validation text."""
+    """``budget`` is the perplexity that may be added, as a share; ``tokens`` are those of the validation text.
+
+    ``examples`` takes at most so many StereoSet examples of each domain and half; None: all.
+    """
 
     budget: float = 0.10
     max_alpha: float = 5.0
@@ -50,6 +53,7 @@ class CalibrationSettings:
     tokens: int = 8000
     window: int = 992
     seed: int = 0
+    examples: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("budget", 0.0), ("max_alpha", 0.0), ("step", 0.0)):
@@ -183,7 +187,8 @@ class Calibrator:
 
     def run(self) -> Calibration:
         """Measure, choose, and measure what was chosen on the other half."""
-        fit, held = split_terms(read_examples(self.data), self.settings.seed)
+        halves = split_terms(read_examples(self.data), self.settings.seed)
+        fit, held = (draw(half, self.settings.examples) for half in halves)
         axes = {name: self._axis(name, domain, fit) for name, domain in self.axes.items()}
         alpha = self._choose(axes)
         perplexity = dict(zip(SYSTEMS, self._perplexities([{}, alpha]), strict=True))
@@ -231,7 +236,11 @@ class Calibrator:
 
     # ── all pairs together ──────────────────────────────────────────────────────────────────────────────────────────
     def _choose(self, axes: Mapping[str, Axis]) -> dict[str, float]:
-        levels = lattice([axis.alone for axis in axes.values()])
+        grid = self.settings.grid
+        alone = iter(self._perplexities([{}, *({name: alpha} for name in axes for alpha in grid[1:])]))
+        most = next(alone) * (1 + self.settings.budget)
+        bounds = {name: within(grid, [next(alone) for _ in grid[1:]], most) for name in axes}
+        levels = lattice([min(axis.alone, bounds[name]) for name, axis in axes.items()])
         points = [dict(zip(axes, values, strict=True)) for values in itertools.product(*levels)]
         measured = np.log(self._perplexities(points)).reshape([len(level) for level in levels])
         values = cheapest(list(axes.values()), levels, measured, self.settings.budget)
@@ -297,6 +306,11 @@ def never_rising(values: Sequence[float]) -> list[float]:
             (a, n), (b, m) = blocks[-2:]
             blocks[-2:] = [((a * n + b * m) / (n + m), n + m)]
     return [mean for mean, count in blocks for _ in range(count)]
+
+
+def within(grid: Sequence[float], perplexities: Sequence[float], most: float) -> float:
+    """The first α of the grid, of those after 0, whose perplexity is above ``most``; the last if none is."""
+    return next((alpha for alpha, value in zip(grid[1:], perplexities, strict=True) if value > most), grid[-1])
 
 
 def lattice(most: Sequence[float]) -> list[list[float]]:

@@ -2,6 +2,7 @@
 
     python -m examples.experiment --data corpora --out out/experiment --stage train
     python -m examples.experiment --data corpora --out out/experiment --stage tables
+    python -m examples.experiment --data corpora --out out/experiment --stage report --docs docs
     python -m examples.experiment --data corpora --out out/experiment --quick
 
 Needs the extras ``train`` and ``evaluate``, and the corpora that docs/evaluation.md names. Everything that can be chosen is in
@@ -15,10 +16,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from examples.experiment.report import write_results
 from examples.experiment.settings import DEFAULT, read_settings
 from examples.experiment.stages import Laboratory
 
-TRAIN, CALIBRATE = "train", "calibrate"
+TRAIN, CALIBRATE, REPORT = "train", "calibrate", "report"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,17 +30,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder of the corpora")
     parser.add_argument("--out", type=Path, required=True, help="folder for pairs, records and figures")
     parser.add_argument(
-        "--stage", help="train, calibrate, or a stage of the settings (default: all, one after another)"
+        "--stage", help="train, calibrate, a stage of the settings, or report (default: all, one after another)"
     )
     parser.add_argument("--settings", type=Path, default=DEFAULT, help="TOML file (default: the one beside this file)")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, in OUT/quick: does it run?")
+    parser.add_argument(
+        "--docs", type=Path, help="where the report stage puts results.md and pictures/ (default OUT/docs)"
+    )
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
+        "--quick", dest="size", action="store_const", const="quick", help="tiny, in OUT/quick: does it run?"
+    )
+    size.add_argument("--large", dest="size", action="store_const", const="large", help="all of the corpora: hours")
     args = parser.parse_args(argv)
     try:
-        experiment = read_settings(args.settings, args.quick)
-        known = [TRAIN, CALIBRATE, *experiment.stages]
+        experiment = read_settings(args.settings, args.size)
+        known = [TRAIN, CALIBRATE, *experiment.stages, REPORT]
         if args.stage is not None and args.stage not in known:
             raise ValueError(f"--stage is {args.stage!r}, allowed are {', '.join(known)}")
-        out = args.out / "quick" if args.quick else args.out
+        out = args.out / "quick" if args.size == "quick" else args.out
         out.mkdir(parents=True, exist_ok=True)
         laboratory = Laboratory(experiment, args.data, out, progress=sys.stderr.isatty())
         for name in known if args.stage is None else [args.stage]:
@@ -47,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 laboratory.train(experiment.axes)
             elif name == CALIBRATE:
                 laboratory.calibrate()
+            elif name == REPORT:
+                print(write_results(out, args.docs or out / "docs"))
             else:
                 laboratory.run(experiment.stages[name])
     except KeyboardInterrupt:

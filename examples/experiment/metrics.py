@@ -35,7 +35,8 @@ def make_metric(
     name: str, experiment: Experiment, stage: Stage, data: Path, out: Path, say: Callable[[str], None]
 ) -> tuple[Metric, int | None]:
     """A metric with the settings of its table, and how many items it takes."""
-    settings: dict[str, Any] = dict(experiment.metrics[name])
+    settings: dict[str, Any] = {**experiment.metrics[name], **stage.settings.get(name, {})}
+    settings |= {key: tuple(value) for key, value in settings.items() if isinstance(value, list)}
     limit = settings.pop("limit", None)
     if name in SCORING:
         return SCORING[name](**settings), limit

@@ -15,6 +15,7 @@ from ensemble_decode.experts.training import TrainingSettings
 
 DEFAULT = Path(__file__).with_name("settings.toml")
 _DEMO_LINES = Path(texts.__file__).parents[1] / "data" / "gender" / "train.txt"
+SIZES = ("quick", "large")
 _SOURCES = ("redditbias", "readings")
 
 
@@ -63,12 +64,13 @@ class SystemSpec:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Every metric on every system; ``text`` says how its continuations differ from the experiment's."""
+    """Every metric on every system; ``text`` and ``settings`` say how its texts and metrics differ from the experiment's."""
 
     name: str
     metrics: tuple[str, ...]
     systems: tuple[SystemSpec, ...]
     text: dict[str, Any]
+    settings: dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +88,8 @@ class Experiment:
     stages: dict[str, Stage]
 
 
-def read_settings(path: Path = DEFAULT, quick: bool = False) -> Experiment:
-    """Read a settings file, ``quick`` with its part ``[quick]`` laid over the rest.
+def read_settings(path: Path = DEFAULT, size: str | None = None) -> Experiment:
+    """Read a settings file, with a part of :data:`SIZES` laid over the rest where ``size`` names it.
 
     Raises
     ------
@@ -98,9 +100,9 @@ def read_settings(path: Path = DEFAULT, quick: bool = False) -> Experiment:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is not TOML: {error}") from None
-    over = raw.pop("quick", {})
-    if quick:
-        raw = _laid_over(raw, over)
+    over = {name: raw.pop(name, {}) for name in SIZES}
+    if size is not None:
+        raw = _laid_over(raw, over[size])
     try:
         training = {"seed": raw.get("seed", 0), **raw.get("training", {})}
         pairs = {name: _pair(name, table, training) for name, table in raw["pairs"].items()}
@@ -118,7 +120,7 @@ def read_settings(path: Path = DEFAULT, quick: bool = False) -> Experiment:
             metrics,
             raw.get("text", {}),
             raw.get("calibration", {}),
-            raw.get("trigger", {"examples": 32}),
+            raw.get("trigger", {"domain": "gender", "examples": 8}),
             stages,
         )
     except KeyError as error:
@@ -150,7 +152,7 @@ def _stage(
     names = [system.name for system in systems]
     if len(set(names)) < len(names):
         raise ValueError(f"stages.{name} has two systems of one name, each needs its own")
-    return Stage(name, tuple(table["metrics"]), systems, dict(table.get("text", {})))
+    return Stage(name, tuple(table["metrics"]), systems, dict(table.get("text", {})), dict(table.get("settings", {})))
 
 
 def _system(where: str, entry: Mapping[str, Any], axes: tuple[str, ...], pairs: Mapping[str, PairSpec]) -> SystemSpec:

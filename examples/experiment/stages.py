@@ -15,7 +15,7 @@ from ensemble_decode.evaluation.comparison import compare_all
 from ensemble_decode.evaluation.metric import Metric, System
 from ensemble_decode.evaluation.report import Report
 from ensemble_decode.evaluation.runner import Results, Task, fingerprint, make_tasks, run_tasks, write
-from ensemble_decode.evaluation.swept import SweptLLM
+from ensemble_decode.evaluation.swept import share_forwards
 from ensemble_decode.experts.calibration import CalibrationSettings, Calibrator
 from ensemble_decode.experts.training import SIDES, train_pair
 from ensemble_decode.models.pairs import ExpertPair
@@ -127,19 +127,12 @@ class Laboratory:
         return specs
 
     def tasks(self, specs: Sequence[SystemSpec], metric: Metric, limit: int | None, llm: LLM) -> list[Task]:
-        """A task a system. Those that only score text, and are to be run, share one forward of the members."""
-
-        def task(spec: SystemSpec, model: Any) -> Task:
-            system = System(spec.name, model, spec.params, spec.trigger)
-            return make_tasks([system], [metric], self.identity(spec), self.data, limit)[0]
-
-        tasks = {spec.name: task(spec, llm) for spec in specs}
-        if not metric.generates:
-            records = self.out / "records"
-            missing = [s for s in specs if not s.trigger and not tasks[s.name].path(records).is_file()]
-            swept = SweptLLM(llm, [spec.alpha for spec in missing])
-            tasks |= {spec.name: task(spec, swept) for spec in missing}
-        return list(tasks.values())
+        """A task a system; those that only score text share one forward of the members."""
+        tasks = []
+        for spec in specs:
+            system = System(spec.name, llm, spec.params, spec.trigger)
+            tasks += make_tasks([system], [metric], self.identity(spec), self.data, limit)
+        return share_forwards(tasks, self.out / "records")
 
     def identity(self, spec: SystemSpec) -> dict[str, Any]:
         """What identifies the weights of a system: of the pairs that are on in it, and of no others."""
@@ -162,7 +155,7 @@ class Laboratory:
         return {
             "model": HUB_ID if self.experiment.model == SMOLLM2 else self.experiment.model,
             "dtype": self.experiment.dtype,
-            "metrics": {name: self.experiment.metrics[name] for name in stage.metrics},
+            "metrics": {n: {**self.experiment.metrics[n], **stage.settings.get(n, {})} for n in stage.metrics},
             "text": {**self.experiment.text, **stage.text},
             "systems": {s.name: {"alpha": s.alpha, "trigger": bool(s.trigger), **s.sampling} for s in specs},
         }

@@ -1,35 +1,18 @@
-"""The Trigger baseline's search, on labelled continuations of BOLD."""
+"""The Trigger baseline: searched once with the settings' budget."""
 
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
-from ensemble_decode.evaluation.distill import Labelled, read_labelled
 from ensemble_decode.evaluation.runner import dump, write
-from ensemble_decode.evaluation.trigger import Example, SearchSettings, TriggerSearch
-
-_PROMPT_WORDS = 6
-_WEIGHTS = {"positive": 1.0, "neutral": 1.0, "negative": -1.0}
-
-
-def examples(rows: list[Labelled], count: int, seed: int) -> list[Example]:
-    """Continuations to make likelier (regard positive or neutral) and unlikelier (negative), half of each kind."""
-    chosen: list[Example] = []
-    random.Random(seed).shuffle(rows)
-    for negative in (False, True):
-        kind = [row for row in rows if row.regard in _WEIGHTS and (row.regard == "negative") == negative]
-        for row in [row for row in kind if len(row.text.split()) > 2 * _PROMPT_WORDS][: count // 2]:
-            words = row.text.split(" ")
-            prompt, rest = " ".join(words[:_PROMPT_WORDS]), " ".join(words[_PROMPT_WORDS:])
-            chosen.append(Example(prompt, f" {rest}", _WEIGHTS[row.regard]))
-    return chosen
+from ensemble_decode.evaluation.trigger import SearchSettings, TriggerSearch
+from ensemble_decode.evaluation.trigger_examples import regard_examples
 
 
 def find_trigger(model: str, data: Path, path: Path, settings: dict[str, Any]) -> str:
-    """The trigger that a search of this budget finds; searched once, goes on after an interruption."""
+    """The trigger that a search of this budget finds; it goes on after an interruption."""
     if path.is_file():
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["settings"] == settings:
@@ -37,14 +20,14 @@ def find_trigger(model: str, data: Path, path: Path, settings: dict[str, Any]) -
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     own = dict(settings)
-    count = own.pop("examples")
+    examples = regard_examples(data, own.pop("domain"), own.pop("examples"))
     search = TriggerSearch(
-        AutoModelForCausalLM.from_pretrained(model),
+        AutoModelForCausalLM.from_pretrained(model, use_safetensors=True),
         AutoTokenizer.from_pretrained(model),
-        examples(read_labelled(data)[0], count, own.get("seed", 0)),
+        examples,
         SearchSettings(**own),
-        path.with_suffix(".state.json"),
+        path.with_suffix(".state"),
     )
     trigger = search.run()
-    write(path, dump({"settings": settings, "trigger": trigger}))
+    write(path, dump({"settings": settings, "trigger": trigger, "losses": search.losses}))
     return trigger

@@ -94,3 +94,14 @@ def test_example_without_three_labels_is_an_error(tmp_path):
     write(tmp_path / "dev_intrasentence.jsonl", json.dumps(row(sentences=row()["sentences"][:2])))
     with pytest.raises(ValueError, match="other labels"):
         stereoset.read_examples(tmp_path)
+
+
+def test_a_draw_takes_some_of_each_domain_in_order_and_less_lies_in_more(tmp_path):
+    rows = [row(id=f"{domain}{i}", bias_type=domain) for i in range(6) for domain in ("race", "gender")]
+    write(tmp_path / "dev.json", json.dumps({"data": {"intersentence": [], "intrasentence": rows}}))
+    examples = stereoset.read_examples(tmp_path)
+    two, four = (stereoset.draw(examples, count) for count in (2, 4))
+    assert (len(two), len(four)) == (4, 8)
+    assert [e for e in four if e in two] == two
+    assert [e for e in examples if e in four] == four
+    assert stereoset.draw(examples, None) == examples

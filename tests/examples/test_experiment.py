@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from transformers import AutoTokenizer
 
 from ensemble_decode.corpora.stereoset import LABELS
 from examples.experiment.__main__ import main
+from examples.experiment.report import write_results
 from examples.experiment.settings import read_settings
 from tests.conftest import Models
 from tests.models.test_loading import with_tokenizer
@@ -48,7 +51,8 @@ step = 0.5
 tokens = 40
 window = 8
 [trigger]
-examples = 2
+domain = "gender"
+examples = 1
 length = 2
 sweeps = 1
 candidates = 2
@@ -66,6 +70,11 @@ systems = [
 [quick.metrics.stereoset]
 limit = 2
 """
+
+FIGURES = (
+    *("SS", "SS/gender", "ICAT", "LMS", "PPL", "PPL/window", "gap/gender", "gap/profession", "distinct-2"),
+    *("hellinger/gender", "stand-in accuracy", "log-ratio/1", "log-ratio/61", "negative/1", "distinct-2/1"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +114,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "wikitext-2").mkdir()
     for split in ("test", "valid"):
         (root / f"wikitext-2/{split}.txt").write_text(" ".join(f"w{3 + i * 7 % 190}" for i in range(60)))
+    people = {"American_actors": {"Ann": ["w5 w6", "w9 w3"]}, "American_actresses": {"Bea": ["w7 w6", "w8 w3"]}}
     labelled = [
-        {"entity": "Ann", "text": " ".join(f"w{i + k}" for k in range(14)), "regard": regard, "toxic": 0}
-        for i in range(3, 9)
+        {"domain": "gender", "entity": entity, "text": f"{prompt} w{i} w{i + 4}", "regard": regard, "toxic": 0}
+        for group in people.values()
+        for entity, prompts in group.items()
+        for prompt in prompts
+        for i in range(10, 13)
         for regard in ("positive", "neutral", "negative", "other")
     ]
     (root / "bold_labelled_zemour").mkdir()
@@ -115,9 +128,22 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with gzip.open(root / f"bold_labelled_zemour/{name}.jsonl.gz", "wt") as file:
             file.write("\n".join(map(json.dumps, labelled)))
     (root / "bold/prompts").mkdir(parents=True)
-    groups = {group: {"Ann": ["w5 w6", "w9 w3"]} for group in ("American_actors", "American_actresses")}
-    (root / "bold/prompts/gender_prompt.json").write_text(json.dumps(groups))
+    (root / "bold/prompts/gender_prompt.json").write_text(json.dumps(people))
     return root
+
+
+@pytest.fixture
+def out(trained: Path, tmp_path: Path) -> Path:
+    """A folder in which the axes' pair is trained."""
+    return shutil.copytree(trained, tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, settings: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    assert run(data, folder, settings, "--stage", "train") == 0
+    assert [path.name for path in (folder / "pairs").iterdir()] == ["tea"]
+    return folder
 
 
 def run(data: Path, out: Path, settings: Path, *flags: str) -> int:
@@ -125,45 +151,57 @@ def run(data: Path, out: Path, settings: Path, *flags: str) -> int:
 
 
 def test_a_stage_trains_what_it_needs_and_the_same_run_writes_the_same_bytes(
-    data: Path, settings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data: Path, settings: Path, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(data, tmp_path, settings, "--stage", "train") == 0
-    assert (tmp_path / "pairs/tea/pair.json").is_file()
-    assert not (tmp_path / "pairs/half").exists()
-    assert run(data, tmp_path, settings, "--stage", "tables") == 0
-    first = (tmp_path / "tables.json").read_bytes()
+    assert run(data, out, settings, "--stage", "tables") == 0
+    assert "training tea" not in (said := capsys.readouterr().out)
+    assert "training half" in said
+    first = (out / "tables.json").read_bytes()
     results = json.loads(first)["results"]
     assert json.loads(first)["systems"] == ["target", "α 1", "half"]
     assert json.loads(first)["comparisons"]["systems"].keys() == {"α 1", "half"}
     values = {name: system["perplexity-paper"]["PPL"]["value"] for name, system in results.items()}
     assert len(set(values.values())) == 3
-    (tmp_path / "tables.json").unlink()
+    (out / "tables.json").unlink()
     capsys.readouterr()
-    assert run(data, tmp_path, settings, "--stage", "tables") == 0
+    assert run(data, out, settings, "--stage", "tables") == 0
     assert capsys.readouterr().out.count("(kept)") == 6
-    assert (tmp_path / "tables.json").read_bytes() == first
+    assert (out / "tables.json").read_bytes() == first
+    pages = []
+    for _ in range(2):
+        assert run(data, out, settings, "--stage", "report") == 0
+        pages.append([(out / "docs" / name).read_bytes() for name in ("results.md", "pictures/frontier.svg")])
+    assert pages[0] == pages[1]
+    text = pages[0][0].decode()
+    assert "| α 1 | " in text
+    assert "Published, for another model" in text
+    assert "Calibrated α" not in text  # that stage has not run
+    assert not re.search(r"w\d", text)  # no word of any corpus
 
 
 def test_alpha_and_trigger_are_found_once_and_long_texts_are_measured_by_segment(
-    data: Path, settings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data: Path, settings: Path, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(data, tmp_path, settings, "--stage", "found") == 0
-    found = json.loads((tmp_path / "calibration.json").read_text())
+    assert run(data, out, settings, "--stage", "found") == 0
+    found = json.loads((out / "calibration.json").read_text())
     assert found["perplexity"]["calibrated"] <= 1.1 * found["perplexity"]["target"]
-    results = json.loads((tmp_path / "found.json").read_text())["results"]
+    results = json.loads((out / "found.json").read_text())["results"]
     drift = results["steered"]["drift"]
     assert {"log-ratio/1", "log-ratio/5", "negative/1", "distinct-2/5", "stand-in accuracy"} <= drift.keys()
     assert drift["log-ratio/1"]["value"] != 0
     assert results["target"]["drift"]["log-ratio/1"]["value"] == 0
     plain, trigger = (results[name]["perplexity-paper"]["PPL"]["value"] for name in ("target", "Trigger"))
     assert plain != trigger
-    trigger_file = (tmp_path / "trigger.json").stat().st_mtime_ns
+    trigger_file = (out / "trigger.json").stat().st_mtime_ns
     capsys.readouterr()
-    assert run(data, tmp_path, settings, "--stage", "found") == 0
+    assert run(data, out, settings, "--stage", "found") == 0
     said = capsys.readouterr().out
     assert said.count("(kept)") == 8
     assert "training" not in said
-    assert (tmp_path / "trigger.json").stat().st_mtime_ns == trigger_file
+    assert (out / "trigger.json").stat().st_mtime_ns == trigger_file
+    assert run(data, out, settings, "--stage", "report", "--docs", str(out / "pages")) == 0
+    assert "held out: calibrated" in (out / "pages/results.md").read_text()
+    assert (out / "pages/pictures/calibration.svg").is_file()
 
 
 @pytest.mark.parametrize(
@@ -188,8 +226,28 @@ def test_settings_that_are_wrong_are_one_line(
     assert said.count("\n") == 1
 
 
+def test_every_part_of_the_report(tmp_path: Path) -> None:
+    """The template that comes with it on the systems and metrics that come with it, all figures 1."""
+    experiment = read_settings()
+    figure = {"value": 1.0, "low": 0.5, "high": 1.5, "chance": None, "n": 3}
+    for stage in experiment.stages.values():
+        names = [system.name for system in stage.systems]
+        metrics = ["perplexity-paper" if name == "perplexity" else name for name in stage.metrics]
+        results = {name: dict.fromkeys(metrics, dict.fromkeys(FIGURES, figure)) for name in names}
+        about = {"model": "m", "dtype": "float32", "metrics": {n: experiment.metrics[n] for n in stage.metrics}}
+        about["text"] = {**experiment.text, **stage.text}
+        comparisons = {"baseline": "target", "systems": {}}
+        whole = {"about": about, "systems": names, "results": results, "comparisons": comparisons}
+        (tmp_path / f"{stage.name}.json").write_text(json.dumps(whole))
+    text = write_results(tmp_path, tmp_path / "docs").read_text()
+    for heading in ("paper's table", "Combinations", "Decoding", "Long texts", "Other domains", "Size and variety"):
+        assert f"{heading}" in text
+    assert "accuracy 1.000" in text
+    assert {path.name for path in (tmp_path / "docs/pictures").iterdir()} == {"frontier.svg", "drift.svg"}
+
+
 def test_the_settings_that_come_with_it_are_whole() -> None:
-    whole, quick = read_settings(), read_settings(quick=True)
-    assert whole.stages.keys() == quick.stages.keys()
+    whole, quick = read_settings(), read_settings(size="quick")
+    assert whole.stages.keys() == quick.stages.keys() == read_settings(size="large").stages.keys()
     assert quick.pairs["gender"].training.steps == 2 < whole.pairs["gender"].training.steps
     assert whole.pairs["gender_full"].training.rank == 0

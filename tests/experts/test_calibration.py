@@ -19,6 +19,7 @@ from ensemble_decode.experts.calibration import (
     lattice,
     never_rising,
     split_terms,
+    within,
 )
 from tests.conftest import Models
 from tests.models.test_loading import with_tokenizer
@@ -70,6 +71,11 @@ def test_the_interpolated_perplexity_of_a_convex_function_keeps_the_budget() -> 
     grid = np.array([[exact(a, b) for b in levels[1]] for a in levels[0]])
     a, b = cheapest([axis(70, 60, 50), axis(70, 60, 55, 50)], levels, grid, 0.1)
     assert 0.09 < np.expm1(exact(a, b)) <= 0.1
+
+
+def test_the_bound_is_the_first_alpha_over_the_budget() -> None:
+    assert within([0.0, 1.0, 2.0, 3.0], [10.5, 11.5, 14.0], 11.0) == 2.0
+    assert within([0.0, 1.0, 2.0], [9.0, 10.0], 11.0) == 2.0
 
 
 def test_a_lattice_holds_few_points_and_none_of_an_axis_without_alpha() -> None:
@@ -148,7 +154,7 @@ def test_the_command_calibrates_goes_on_and_writes_what_alpha_reads(
     assert "budget +5%" in said.out
     assert main([*command, "--out", str(tmp_path), "--budget", "0.05", "--json"]) == 0
     said = capsys.readouterr()
-    assert said.err.count("(kept)") == 5
+    assert said.err.count("(kept)") == 6
     assert said.out.encode() == first == (tmp_path / "calibration.json").read_bytes()
 
 
