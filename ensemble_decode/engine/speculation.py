@@ -37,6 +37,8 @@ _MEASURED_CONTEXT, _CONTEXT_ROWS = 1024, 4
 _FIRST_RATE, _BEST_RATE, _WINDOW = 0.6, 0.95, 200.0
 #: Where drafting doesn't pay, one token is tried now and then: a sequence's after so many steps, and with this share of time.
 _PAUSE, _TRIES = 32, 0.015
+#: Steps' time that may be saved up for tries: a drafter that was left out for long has much to read first.
+_MOST_CREDIT = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,7 +336,7 @@ class Speculator:
         self.costs.observe(pools, rows, keys, seconds)
         share = len(taken) / (len(taken) + sum(found.drafted for found in taken.values()))
         alone = self.costs.seconds(pools, rows * share, keys * share)  # of the step without drafts
-        self._credit = min(self._credit + _TRIES * alone, alone)
+        self._credit = min(self._credit + _TRIES * alone, _MOST_CREDIT * alone)
         if self._drafting:
             rounds = sum(found.new for found in taken.values()) / len(
                 taken
