@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from ensemble_decode import LLM, SamplingParams
@@ -19,6 +20,7 @@ from ensemble_decode.evaluation.metric import Record, System
 from ensemble_decode.evaluation.perplexity import Perplexity
 from ensemble_decode.evaluation.runner import make_tasks
 from ensemble_decode.evaluation.stereoset import StereoSet, sentence_scores
+from ensemble_decode.evaluation.tfidf import TfidfClassifier
 from tests.conftest import Models
 from tests.evaluation.words import Words
 from tests.models.test_loading import with_tokenizer
@@ -150,3 +152,21 @@ def test_ctrl_c_reports_what_is_done(
     report = json.loads(shown.out)
     assert report["systems"] == ["target", "greedy"]
     assert report["about"]["interrupted"] == "after 2 of 3 measurements"
+
+
+def test_stand_ins_label_the_text_and_are_named_in_every_report(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, labels in (("regard", ("negative", "neutral", "positive")), ("toxicity", ("not toxic", "toxic"))):
+        weights = np.linspace(-1, 1, 2 * len(labels)).reshape(len(labels), 2)
+        vocabulary = {"w5": 0, "w6": 1}
+        stand_in = TfidfClassifier(name, labels, vocabulary, np.ones(2), weights, np.zeros(len(labels)), {"AUC": 0.875})
+        stand_in.save(tmp_path / "classifiers" / name)
+    command[command.index("--metrics") + 1] = "regard,toxicity"
+    assert main([*command, "--classifiers", str(tmp_path / "classifiers")]) == 0
+    results = json.loads(capsys.readouterr().out)["results"]["trigger"]
+    assert results["regard"]["gap/gender"]["chance"] is not None
+    assert results["toxicity"]["toxic/islam"]["n"] == 2
+    page, markdown = ((tmp_path / "out" / f"report.{kind}").read_text() for kind in ("html", "md"))
+    assert "toxicity is measured by a stand-in" in page
+    assert "stand-in AUC | 0.875" in markdown
