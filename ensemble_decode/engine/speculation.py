@@ -307,7 +307,7 @@ class Speculator:
             start = time.perf_counter()
             output = execute(batch)
             if len({row.pool for row in batch.samples}) == 1:
-                self.costs.observe(*_load(batch), time.perf_counter() - start)
+                self.costs.observe(*load_of(batch), time.perf_counter() - start)
             for sequence, token in zip(active, output.tokens, strict=True):
                 if token >= 0:
                     sequence.draft.append(token)
@@ -332,7 +332,7 @@ class Speculator:
         self.stats["draft_seconds"] += self._draft_seconds
         if not taken or any(len(span.tokens) != span.outputs for span in batch.spans):
             return  # prompts in it: its time says nothing of decoding
-        pools, rows, keys = _load(batch)
+        pools, rows, keys = load_of(batch)
         self.costs.observe(pools, rows, keys, seconds)
         share = len(taken) / (len(taken) + sum(found.drafted for found in taken.values()))
         alone = self.costs.seconds(pools, rows * share, keys * share)  # of the step without drafts
@@ -379,7 +379,7 @@ class _Step:
         return rows / len(self.pools), keys / len(self.pools)
 
 
-def _load(batch: Batch) -> tuple[tuple[int, ...], float, float]:
+def load_of(batch: Batch) -> tuple[tuple[int, ...], float, float]:
     """Pools of a batch, and rows and keys as means over them."""
     pools = tuple(sorted({pool for span in batch.spans for pool in span.pools}))
     rows = keys = 0

@@ -17,6 +17,7 @@ from ensemble_decode.engine.async_llm import AsyncLLM
 from ensemble_decode.engine.batch import Batch, SampleRow, StepOutput
 from ensemble_decode.engine.drafting import Candidate, Costs, NgramIndex, best_depths
 from ensemble_decode.engine.engine import Engine
+from ensemble_decode.engine.speculation import load_of
 from tests.conftest import VOCAB as MODEL_VOCAB
 from tests.conftest import Models
 
@@ -443,6 +444,31 @@ def test_a_draft_that_is_never_right_costs_little_and_is_found_out_when_it_is() 
     serve(range(16, 26))
     _, accepted = serve(range(26, 32))
     assert accepted > 6 * 140 / 2
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("wrong", [8, 5, 2, 0], ids=lambda wrong: f"{8 - wrong} of 8 right")
+def test_drafting_never_costs_more_than_a_twentieth(wrong: int, batch: int) -> None:
+    """By a clock that counts what each step costs: full experts of the target's size, milliseconds as docs/performance.md has them."""
+    step = {1: 35.0, 8: 52.0, 32: 123.0}
+    costs = Fixed({(0, 1, 2): step, (0,): {1: 13.0, 8: 19.0, 32: 46.0}, (1,): {1: 13.0, 8: 19.0, 32: 46.0}})
+
+    def clock(speculation: Speculation | None) -> float:
+        engine = make_engine(200, max_num_batched_tokens=200, speculation=speculation)
+        oracle = Oracle(wrong, LAYOUT)
+        engine.runner.draft = oracle  # type: ignore[attr-defined]
+        if engine.speculator is not None:
+            engine.speculator.costs = costs
+        for _ in range(8 // batch):
+            for number in range(batch):
+                engine.add_request(*drafted(oracle, number, max_tokens=120))
+            run(engine)
+        return sum(costs.seconds(*load_of(each)) for each in engine.runner.batches)  # type: ignore[attr-defined]
+
+    ratio = clock(Speculation("expert", 4)) / clock(None)
+    assert ratio < 1.05
+    if wrong <= 2 and batch == 1:
+        assert ratio < 0.85, "and where it pays, it is used"
 
 
 @given(st.lists(st.integers(0, 2), max_size=40), st.integers(1, 6))
