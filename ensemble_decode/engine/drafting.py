@@ -31,6 +31,10 @@ class Acceptance:
             self.weight = min(self.weight + 1, self.window)
             self.rate += (agreed - self.rate) / self.weight
 
+    def beside(self, prior: float) -> float:
+        """The rate, with ``prior`` as what a few more tokens had given: the others' rate, for a sequence with few of its own."""
+        return (_PRIOR * prior + self.weight * self.rate) / (_PRIOR + self.weight)
+
     def doubt(self) -> None:
         """What was found is old: what is seen next counts more."""
         self.weight = min(self.weight, _PRIOR)

@@ -212,7 +212,7 @@ class Speculator:
         elif not self._can_draft(sequence):
             return 0
         if sequence.acceptance is None:
-            sequence.acceptance = Acceptance(self._prior.rate)
+            sequence.acceptance = Acceptance(0.0, weight=0.0)  # nothing seen: only what others had counts
         return most
 
     @staticmethod
@@ -278,7 +278,7 @@ class Speculator:
             if view.draft_pool is not None:
                 unseen = len(view.tokens) - view.drafted
         rows, keys = step.of(sequence)
-        return Candidate(sequence.acceptance.rate, most, rows, keys / rows, unseen)
+        return Candidate(sequence.acceptance.beside(self._prior.rate), most, rows, keys / rows, unseen)
 
     def _run_model(self, depths: dict[Sequence, int], scheduler: Scheduler, execute: Execute) -> None:
         """One forward a drafted token, for all sequences that draft as deep together."""
