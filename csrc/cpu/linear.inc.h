@@ -4,8 +4,10 @@
 // consecutive cache lines. A tile of up to kTileRows rows x 32 columns lives in registers for the whole of k: one
 // chain of additions per output, whatever the number of rows.
 
-// Two V16 of weights and a broadcast beside the accumulators. (AVX-512: 12 rows, 24 of 32 registers.)
-constexpr int kTileRows = SIMD_LEVEL == 4 ? 12 : SIMD_LEVEL == 3 ? 3 : 1;
+// The accumulators fill the registers, but for a step's weights and a broadcast. AVX-512: 12 rows x 32 columns, 24 of 32
+// registers. AVX2: 6 rows x 16 columns, 12 of 16; one or two rows take all 32 columns, to have chains enough in flight.
+constexpr int kTileRows = SIMD_LEVEL == 4 ? 12 : SIMD_LEVEL == 3 ? 6 : 1;
+constexpr int kWideRows = SIMD_LEVEL == 3 ? 2 : kTileRows;
 constexpr int kTileColumns = kGroupColumns;
 // Rows that go through one group of columns before the next: their inputs stay in the second-level cache.
 constexpr int64_t kRowBlock = 96;
@@ -29,9 +31,11 @@ struct Ahead {
 template <typename T, int Rows>
 static void linear_tile(const T* group, const Ahead<T>& ahead, const Input<T>* x, int64_t x_stride, int64_t steps,
                         float* sums) {
-  constexpr int kPer = Step<T>::kPer;
+  constexpr int kPer = Step<T>::kPer, kColumns = Rows <= kWideRows ? 2 : 1;
   const T* w[2] = {group, group + 16 * kPer};
-  dot_tile<T, Rows, 2>(w, kTileColumns * kPer, ahead.at, ahead.stride, x, x_stride, steps, sums, kTileColumns);
+  for (int c = 0; c < 2; c += kColumns)
+    dot_tile<T, Rows, kColumns>(w + c, kTileColumns * kPer, ahead.at + c, ahead.stride, x, x_stride, steps,
+                                sums + 16 * c, kTileColumns);
 }
 
 template <typename T>
@@ -44,7 +48,8 @@ static inline LinearTile<T> linear_tile_of(int rows) {
       linear_tile<T, 1>, linear_tile<T, 2>, linear_tile<T, 3>, linear_tile<T, 4>,  linear_tile<T, 5>,  linear_tile<T, 6>,
       linear_tile<T, 7>, linear_tile<T, 8>, linear_tile<T, 9>, linear_tile<T, 10>, linear_tile<T, 11>, linear_tile<T, 12>};
 #elif SIMD_LEVEL == 3
-  static constexpr LinearTile<T> tiles[] = {linear_tile<T, 1>, linear_tile<T, 2>, linear_tile<T, 3>};
+  static constexpr LinearTile<T> tiles[] = {linear_tile<T, 1>, linear_tile<T, 2>, linear_tile<T, 3>,
+                                            linear_tile<T, 4>, linear_tile<T, 5>, linear_tile<T, 6>};
 #else
   static constexpr LinearTile<T> tiles[] = {linear_tile<T, 1>};
 #endif

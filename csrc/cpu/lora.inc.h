@@ -20,7 +20,8 @@ static inline LinearTile<T> lora_tile_of(int rows) {
       lora_tile<T, 1>, lora_tile<T, 2>, lora_tile<T, 3>, lora_tile<T, 4>,  lora_tile<T, 5>,  lora_tile<T, 6>,
       lora_tile<T, 7>, lora_tile<T, 8>, lora_tile<T, 9>, lora_tile<T, 10>, lora_tile<T, 11>, lora_tile<T, 12>};
 #elif SIMD_LEVEL == 3
-  static constexpr LinearTile<T> tiles[] = {lora_tile<T, 1>, lora_tile<T, 2>, lora_tile<T, 3>};
+  static constexpr LinearTile<T> tiles[] = {lora_tile<T, 1>, lora_tile<T, 2>, lora_tile<T, 3>,
+                                            lora_tile<T, 4>, lora_tile<T, 5>, lora_tile<T, 6>};
 #else
   static constexpr LinearTile<T> tiles[] = {lora_tile<T, 1>};
 #endif

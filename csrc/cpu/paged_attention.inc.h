@@ -12,11 +12,12 @@
 constexpr int kSplit = 256;
 constexpr int kSplitBlocks = kSplit / kBlockSize;
 constexpr int kMaxRows = 48;  // rows of a tile
-constexpr int kScoreRows = SIMD_LEVEL == 4 ? 6 : SIMD_LEVEL == 3 ? 3 : 1;
-constexpr int kScoreBlocks = SIMD_LEVEL == 4 ? 4 : 2;
-constexpr int kAhead = kScoreBlocks;  // blocks between use and prefetch
-constexpr int kValueRows = SIMD_LEVEL == 4 ? 6 : SIMD_LEVEL == 3 ? 3 : 1;
-constexpr int kValueVectors = SIMD_LEVEL == 4 ? 4 : 2;
+// Register tiles, as those of linear layers: rows x blocks of keys, rows x vectors of a value.
+constexpr int kScoreRows = SIMD_LEVEL >= 3 ? 6 : 1;
+constexpr int kScoreBlocks = SIMD_LEVEL == 4 ? 4 : SIMD_LEVEL == 3 ? 1 : 2;
+constexpr int kAhead = SIMD_LEVEL == 4 ? 4 : 2;  // blocks between use and prefetch
+constexpr int kValueRows = kScoreRows;
+constexpr int kValueVectors = SIMD_LEVEL == 4 ? 4 : SIMD_LEVEL == 3 ? 1 : 2;
 
 // Vectors of sixteen elements in a cache line.
 template <typename T>
@@ -51,11 +52,9 @@ template <typename T>
 struct AttentionTiles {
   using Score = void (*)(const T* const*, int64_t, const T* const*, int64_t, const Input<T>*, int64_t, int64_t, float*, int64_t);
   using Value = void (*)(const T* const*, int64_t, int64_t, int64_t, const float*, float*, int64_t);
-#if SIMD_LEVEL == 4
+#if SIMD_LEVEL >= 3
 #define ROWS(f, ...) {f<T, 1, __VA_ARGS__>, f<T, 2, __VA_ARGS__>, f<T, 3, __VA_ARGS__>, \
                       f<T, 4, __VA_ARGS__>, f<T, 5, __VA_ARGS__>, f<T, 6, __VA_ARGS__>}
-#elif SIMD_LEVEL == 3
-#define ROWS(f, ...) {f<T, 1, __VA_ARGS__>, f<T, 2, __VA_ARGS__>, f<T, 3, __VA_ARGS__>}
 #else
 #define ROWS(f, ...) {f<T, 1, __VA_ARGS__>}
 #endif

@@ -320,74 +320,63 @@ static inline V16 power_of_2_at_most_1(V16 x) {
   return scale_by_power_of_2(fma(p, f, set1(1.0f)), n);
 }
 
-// How the products of linears and attention scores go: `Step<T>::Weights` is what sixteen lanes of T hold for one
-// step of k, `Input` is how the other operand is stored, kPer the number of k in a step.
+// How the products of linears and attention scores go. A step takes kPer consecutive k of sixteen columns, in kParts
+// multiply-adds: `weights(p, part)` and `broadcast(x, part)` are their operands, `Input` is how x is stored.
 template <typename T>
 struct Step;
 
 template <>
 struct Step<float> {
-  static constexpr int kPer = 1;
+  static constexpr int kPer = 1, kParts = 1;
   using Input = float;
-  using Weights = V16;
-  using Broadcast = V16;
-  static inline Weights weights(const float* p) { return load(p); }
-  static inline Broadcast broadcast(const Input* x) { return set1(*x); }
-  static inline V16 multiply_add(Weights w, Broadcast x, V16 acc) { return fma(w, x, acc); }
+  static inline V16 weights(const float* p, int) { return load(p); }
+  static inline V16 broadcast(const Input* x, int) { return set1(*x); }
+  static inline V16 multiply_add(V16 w, V16 x, V16 acc) { return fma(w, x, acc); }
 };
 
 template <>
 struct Step<float16> {
-  static constexpr int kPer = 1;
+  static constexpr int kPer = 1, kParts = 1;
   using Input = float;
-  using Weights = V16;
-  using Broadcast = V16;
-  static inline Weights weights(const float16* p) { return load(p); }
-  static inline Broadcast broadcast(const Input* x) { return set1(*x); }
-  static inline V16 multiply_add(Weights w, Broadcast x, V16 acc) { return fma(w, x, acc); }
+  static inline V16 weights(const float16* p, int) { return load(p); }
+  static inline V16 broadcast(const Input* x, int) { return set1(*x); }
+  static inline V16 multiply_add(V16 w, V16 x, V16 acc) { return fma(w, x, acc); }
 };
 
 template <>
 struct Step<bfloat16> {
-  static constexpr int kPer = 2;
 #if SIMD_LEVEL == 4
+  static constexpr int kPer = 2, kParts = 1;
   using Input = bfloat16;
-  using Weights = __m512bh;
-  using Broadcast = __m512bh;
-  static inline Weights weights(const bfloat16* p) {
+  static inline __m512bh weights(const bfloat16* p, int) {
     return reinterpret_cast<__m512bh>(_mm512_loadu_si512(reinterpret_cast<const void*>(p)));
   }
-  static inline Broadcast broadcast(const Input* x) {
+  static inline __m512bh broadcast(const Input* x, int) {
     int pair;
     __builtin_memcpy(&pair, x, 4);
     return reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
   }
-  static inline V16 multiply_add(Weights w, Broadcast x, V16 acc) { return {_mm512_dpbf16_ps(acc.a, w, x)}; }
+  static inline V16 multiply_add(__m512bh w, __m512bh x, V16 acc) { return {_mm512_dpbf16_ps(acc.a, w, x)}; }
 #else
+  static constexpr int kPer = 2, kParts = 2;
   using Input = float;
-  struct Weights {
-    V16 even, odd;
-  };
-  using Broadcast = Weights;
-  static inline Weights weights(const bfloat16* p) {
+  // The even k, then the odd ones.
+  static inline V16 weights(const bfloat16* p, int part) {
 #if SIMD_LEVEL == 3
+    // Each part loads for itself, and shifts where it could mask: a register more, and accumulators would go to memory.
+    if (part == 1) asm volatile("" : "+r"(p));
     const __m256i* q = reinterpret_cast<const __m256i*>(p);
-    __m256i lo = _mm256_loadu_si256(q), hi = _mm256_loadu_si256(q + 1), mask = _mm256_set1_epi32(-65536);
-    return {{_mm256_castsi256_ps(_mm256_slli_epi32(lo, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(hi, 16))},
-            {_mm256_castsi256_ps(_mm256_and_si256(lo, mask)), _mm256_castsi256_ps(_mm256_and_si256(hi, mask))}};
+    __m256i lo = _mm256_loadu_si256(q), hi = _mm256_loadu_si256(q + 1);
+    if (part == 1) lo = _mm256_srli_epi32(lo, 16), hi = _mm256_srli_epi32(hi, 16);
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(lo, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(hi, 16))};
 #else
-    Weights w;
-    for (int i = 0; i < 16; i++) {
-      w.even.f[i] = from_bits(static_cast<uint32_t>(p[2 * i].bits) << 16);
-      w.odd.f[i] = from_bits(static_cast<uint32_t>(p[2 * i + 1].bits) << 16);
-    }
+    V16 w;
+    for (int i = 0; i < 16; i++) w.f[i] = from_bits(static_cast<uint32_t>(p[2 * i + part].bits) << 16);
     return w;
 #endif
   }
-  static inline Broadcast broadcast(const Input* x) { return {set1(x[0]), set1(x[1])}; }
-  static inline V16 multiply_add(Weights w, Broadcast x, V16 acc) {
-    return fma(w.odd, x.odd, fma(w.even, x.even, acc));
-  }
+  static inline V16 broadcast(const Input* x, int part) { return set1(x[part]); }
+  static inline V16 multiply_add(V16 w, V16 x, V16 acc) { return fma(w, x, acc); }
 #endif
 };
 
@@ -414,20 +403,25 @@ static inline void dot_tile(const T* const* w, int64_t step_stride, const T* con
   for (int i = 0; i < (Rows + 2) / 3; i++) bases[i] = x + 3 * i * x_stride;
 #pragma GCC unroll 2
   for (int64_t s = 0; s < steps; s++) {
-    typename S::Weights lanes[Columns];
 #pragma GCC unroll 8
     for (int c = 0; c < Columns; c++) {
-      lanes[c] = S::weights(weights[c]);
       __builtin_prefetch(hints[c]);
-      weights[c] += step_stride;
       hints[c] += ahead_stride;
     }
-#pragma GCC unroll 16
-    for (int r = 0; r < Rows; r++) {
-      typename S::Broadcast b = S::broadcast(bases[r / 3] + (r % 3) * x_stride);
+#pragma GCC unroll 2
+    for (int part = 0; part < S::kParts; part++) {
+      decltype(S::weights(w[0], 0)) lanes[Columns];
 #pragma GCC unroll 8
-      for (int c = 0; c < Columns; c++) acc[r][c] = S::multiply_add(lanes[c], b, acc[r][c]);
+      for (int c = 0; c < Columns; c++) lanes[c] = S::weights(weights[c], part);
+#pragma GCC unroll 16
+      for (int r = 0; r < Rows; r++) {
+        auto b = S::broadcast(bases[r / 3] + (r % 3) * x_stride, part);
+#pragma GCC unroll 8
+        for (int c = 0; c < Columns; c++) acc[r][c] = S::multiply_add(lanes[c], b, acc[r][c]);
+      }
     }
+#pragma GCC unroll 8
+    for (int c = 0; c < Columns; c++) weights[c] += step_stride;
 #pragma GCC unroll 8
     for (int i = 0; i < (Rows + 2) / 3; i++) bases[i] += S::kPer;
   }
