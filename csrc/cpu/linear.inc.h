@@ -5,9 +5,9 @@
 // chain of additions per output, whatever the number of rows.
 
 // The accumulators fill the registers, but for a step's weights and a broadcast. AVX-512: 12 rows x 32 columns, 24 of 32
-// registers. AVX2: 6 rows x 16 columns, 12 of 16; one or two rows take all 32 columns, to have chains enough in flight.
+// registers. AVX2: 6 rows x 16 columns, 12 of 16; up to three rows take all 32 columns, and so read their weights once.
 constexpr int kTileRows = SIMD_LEVEL == 4 ? 12 : SIMD_LEVEL == 3 ? 6 : 1;
-constexpr int kWideRows = SIMD_LEVEL == 3 ? 2 : kTileRows;
+constexpr int kWideRows = SIMD_LEVEL == 3 ? 3 : kTileRows;
 constexpr int kTileColumns = kGroupColumns;
 // Rows that go through one group of columns before the next: their inputs stay in the second-level cache.
 constexpr int64_t kRowBlock = 96;
