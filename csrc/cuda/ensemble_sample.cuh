@@ -48,10 +48,25 @@ __device__ inline uint64_t candidate(float key, uint32_t token) {
 __device__ inline uint32_t token_of(uint64_t candidate) { return 0xffffffffu - static_cast<uint32_t>(candidate); }
 
 struct Larger {
-  __device__ uint64_t operator()(uint64_t a, uint64_t b) const { return a > b ? a : b; }
+  template <int>
+  __device__ static uint64_t over(uint64_t x) {
+    uint32_t key = static_cast<uint32_t>(x >> 32), largest = __reduce_max_sync(kAllLanes, key);
+    uint32_t rest = __reduce_max_sync(kAllLanes, key == largest ? static_cast<uint32_t>(x) : 0);
+    return static_cast<uint64_t>(largest) << 32 | rest;
+  }
 };
+
+// Sums of exponentials are taken to the largest maximum first. Then they add up.
 struct MergeSums {
-  __device__ Sums operator()(const Sums& a, const Sums& b) const { return merged(a, b); }
+  template <int Lanes>
+  __device__ static Softmax over(Softmax x) {
+    float max = from_ordered(__reduce_max_sync(kAllLanes, ordered(x.max)));
+    return {max, sum_of_lanes<Lanes>(rescaled(x, max))};
+  }
+  template <int Lanes>
+  __device__ static Sums over(Sums x) {
+    return {over<Lanes>(x.score), over<Lanes>(x.target)};
+  }
 };
 
 // The tokens above a bound: what they weigh, and how many there are.
@@ -60,7 +75,11 @@ struct Tally {
   uint32_t count;
 };
 struct AddTallies {
-  __device__ Tally operator()(Tally a, Tally b) const { return {__fadd_rn(a.mass, b.mass), a.count + b.count}; }
+  template <int Lanes>
+  __device__ static Tally over(Tally x) {
+    uint32_t own = threadIdx.x % 32 < Lanes ? x.count : 0;
+    return {sum_of_lanes<Lanes>(x.mass), __reduce_add_sync(kAllLanes, own)};
+  }
 };
 
 // What this block holds of a row: `count` scores, padded to whole quads by -inf, and what the filters look at.
@@ -80,20 +99,21 @@ __device__ inline float one_of(const float (&x)[4], uint32_t i) {
   return i & 2 ? high : low;
 }
 
-// Weight and number of the team's tokens above `bound`, or also of those equal to it.
+// Weight and number of the team's tokens above `bound`.
 template <typename Team>
-__device__ inline Tally tally(Team& team, const Slice& slice, float max, float bound, bool or_equal) {
+__device__ inline Tally tally(Team& team, const Slice& slice, float max, float bound) {
   Tally own = {0.0f, 0};
 #pragma unroll 1
   for (int quad = static_cast<int>(threadIdx.x); 4 * quad < slice.count; quad += kThreads) {
     float f[4];
     load_quad(slice.filter, quad, f);
+    if (!(fmaxf(fmaxf(f[0], f[1]), fmaxf(f[2], f[3])) > bound)) continue;
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-      if (f[i] > bound || (or_equal && f[i] == bound)) {
-        own.mass = __fadd_rn(own.mass, weight_of(__fsub_rn(f[i], max)));
-        own.count++;
-      }
+    for (int i = 0; i < 4; i++) {
+      bool above = f[i] > bound;
+      own.mass = __fadd_rn(own.mass, above ? weight_of(__fsub_rn(f[i], max)) : 0.0f);
+      own.count += above;
+    }
   }
   return team.all(own, AddTallies());
 }
@@ -171,33 +191,52 @@ struct Window {
   __device__ bool holds(float f) const { return f >= least && f > above; }
 };
 
-// The best of this thread's candidates. Whole warps go through it: lanes tell one another how good a key must be.
-__device__ inline uint64_t best_of_thread(const Slice& slice, Window window, bool greedy, const int64_t* seed,
-                                          const int64_t* position) {
+// The best of this warp's candidates, as far as this lane has seen them. Few tokens are candidates where the row has filters,
+// but of 128 neighbours nearly always one is: so quads that hold one wait in `queue` until there is one for each lane. Where
+// every lane's own quad holds one, nothing waits. Lanes tell one another how good a key must be.
+__device__ inline uint64_t best_of_thread(const Slice& slice, Window window, bool greedy, uint32_t* queue,
+                                          const int64_t* seed, const int64_t* position) {
   NoiseKey noise = noise_key(*seed, *position);
   uint64_t best = 0;
   float to_beat = ED_NONE;
-  int quads = (slice.count + 3) / 4;
+  int lane = static_cast<int>(threadIdx.x % 32), quads = (slice.count + 3) / 4, waiting = 0;
 #pragma unroll 1
-  for (int base = static_cast<int>(threadIdx.x & ~31u); base < quads; base += kThreads) {
-    int quad = base + static_cast<int>(threadIdx.x % 32);
-    float s[4] = {}, f[4] = {};
-    unsigned promising = 0;
+  for (int base = static_cast<int>(threadIdx.x) - lane; base < quads || waiting > 0; base += kThreads) {
+    int quad = base + lane;
+    bool mine = false;
     if (quad < quads) {
-      load_quad(slice.score, quad, s);
+      float f[4];
       load_quad(slice.filter, quad, f);
-#pragma unroll
-      for (unsigned i = 0; i < 4; i++) promising |= static_cast<unsigned>(window.holds(f[i])) << i;
+      mine = window.holds(f[0]) || window.holds(f[1]) || window.holds(f[2]) || window.holds(f[3]);
     }
+    uint32_t found = __ballot_sync(kAllLanes, mine);
+    if (found != kAllLanes) {
+      if (mine) queue[waiting + __popc(found & ((1u << lane) - 1))] = static_cast<uint32_t>(quad);
+      waiting += __popc(found);
+      if (waiting < 32 && base + kThreads < quads) continue;
+      __syncwarp();
+      int from = max(waiting - 32, 0);
+      mine = from + lane < waiting;
+      if (mine) quad = static_cast<int>(queue[from + lane]);
+      waiting = from;
+      __syncwarp();
+    }
+    float s[4] = {}, u[4] = {};
+    unsigned promising = 0;
     uint32_t first = static_cast<uint32_t>(slice.first + 4 * quad);
-    if (promising && !greedy) {
-      PhiloxWords words = noise_words(first >> 2, noise);
+    if (mine) {
+      load_quad(slice.score, quad, s);
+      load_quad(slice.filter, quad, u);
 #pragma unroll
-      for (unsigned i = 0; i < 4; i++) {
-        // f is done with: u takes its place. E >= u, so that s - log(u) bounds the key; 1e-3 is far more than the fast
-        // logarithm is off.
-        f[i] = uniform(words.word[i]);
-        if (__fadd_rn(s[i], __fsub_rn(1e-3f, __logf(f[i]))) < to_beat) promising &= ~(1u << i);
+      for (unsigned i = 0; i < 4; i++) promising |= static_cast<unsigned>(window.holds(u[i])) << i;
+      if (!greedy) {
+        PhiloxWords words = noise_words(first >> 2, noise);
+#pragma unroll
+        for (unsigned i = 0; i < 4; i++) {
+          // E >= u, so that s - log(u) bounds the key; 1e-3 is far more than the fast logarithm is off.
+          u[i] = uniform(words.word[i]);
+          if (__fadd_rn(s[i], __fsub_rn(1e-3f, __logf(u[i]))) < to_beat) promising &= ~(1u << i);
+        }
       }
     }
 #pragma unroll 1
@@ -205,7 +244,7 @@ __device__ inline uint64_t best_of_thread(const Slice& slice, Window window, boo
       uint32_t i = static_cast<uint32_t>(__ffs(static_cast<int>(promising)) - 1);
       float key = one_of(s, i);
       if (!greedy) {
-        key = __fsub_rn(key, logf(-log1pf(-one_of(f, i))));
+        key = __fsub_rn(key, logf(-log1pf(-one_of(u, i))));
         if (!(key >= -kLargest)) key = -kLargest;  // u rounded to 1: a candidate all the same
       }
       uint64_t own = candidate(key, first + i);
@@ -226,13 +265,14 @@ __device__ inline int choose(Team& team, TeamMemory& memory, const SampleArgs& a
   float p = args.top_p[row], min_p = args.min_p[row];
   bool greedy = args.temperature[row] == 0.0f, use_k = k > 0 && k < vocab, use_p = p < 1.0f;
   Window window = {-kLargest, ED_NONE};
+  uint32_t* queue = memory.bins + threadIdx.x / 32 * (kBins / kWarps);  // histograms are done with before it is used
   if (min_p > 0.0f) window.least = __fadd_rn(total.max, logf(min_p));
   float mass = total.sum;
   if (use_k && use_p) {
     // Top-p looks at what top-k left. With top-k alone, counting what lies above a candidate is enough.
     float kth = kth_largest(team, memory, slice, static_cast<uint32_t>(k));
     window.least = fmaxf(window.least, kth);
-    mass = tally(team, slice, total.max, kth, true).mass;
+    mass = tally(team, slice, total.max, kth > ED_NONE ? from_ordered(ordered(kth) - 1) : kth).mass;  // and equals
     use_k = false;
   } else if (use_p) {
     // All tokens with e^(f - max) <= (1 - p) Z / V together weigh at most (1 - p) Z, so none of them is kept.
@@ -241,12 +281,12 @@ __device__ inline int choose(Team& team, TeamMemory& memory, const SampleArgs& a
     window.least = fmaxf(window.least, fminf(bound, total.max));
   }
   for (;;) {
-    uint64_t best = team.all(best_of_thread(slice, window, greedy, args.seed + row, args.position + row), Larger());
+    uint64_t best = team.all(best_of_thread(slice, window, greedy, queue, args.seed + row, args.position + row), Larger());
     if (best == 0) return -1;
     int token = static_cast<int>(token_of(best));
     float own = team.at(slice.filter, token);
     if (!(use_p || use_k) || own == total.max) return token;
-    Tally heavier = tally(team, slice, total.max, own, false);
+    Tally heavier = tally(team, slice, total.max, own);
     bool kept = (!use_p || heavier.mass < __fmul_rn(p, mass)) && (!use_k || heavier.count < static_cast<uint32_t>(k));
     if (kept) return token;
     window.above = own;  // what is kept lies above, and so does the best of it
@@ -261,7 +301,7 @@ __device__ inline float log_softmax(float x, Softmax total) {
 template <typename T, typename Team>
 __device__ inline void finish(Team& team, TeamMemory& memory, const SampleArgs& args, int64_t row, const Slice& slice,
                               const Sums& sums, bool with_target, bool filter_is_target) {
-  bool valid = sums.invalid == 0 && sums.score.max > ED_NONE;
+  bool valid = sums.score.sum > 0.0f;  // not NaN, and not of a row that is all masked
   int token = -1;
   if (valid) token = choose(team, memory, args, row, slice, filter_is_target ? sums.target : sums.score);
   if (team.rank() == 0 && threadIdx.x == 0) {

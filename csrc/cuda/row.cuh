@@ -68,11 +68,16 @@ __device__ inline uint32_t bits_of(float x) { return as_bits(x); }
 __device__ inline uint32_t bits_of(bfloat16 x) { return x.bits; }
 __device__ inline uint32_t bits_of(float16 x) { return x.bits; }
 
-// Tokens at … at + kPerLoad - 1 of a row, `at` a multiple of kPerLoad; 0 past the vocabulary. A row that does not begin
+// -inf.
+__device__ inline uint32_t mask_of(float) { return 0xff800000u; }
+__device__ inline uint32_t mask_of(bfloat16) { return 0xff80u; }
+__device__ inline uint32_t mask_of(float16) { return 0xfc00u; }
+
+// Tokens at … at + kPerLoad - 1 of a row, `at` a multiple of kPerLoad; those past the vocabulary have the bits `past_end`. A row that does not begin
 // on 16 bytes (an odd vocabulary, say) is read by the two aligned loads that hold the tokens: the second is what a
 // neighbour reads first, so it comes from the first-level cache. Nothing outside the row is ever read.
 template <typename T>
-__device__ inline uint4 load_tokens(const T* row, int at, int vocab) {
+__device__ inline uint4 load_tokens(const T* row, int at, int vocab, uint32_t past_end) {
   constexpr int n = kPerLoad<T>;
   unsigned past = static_cast<unsigned>(reinterpret_cast<uintptr_t>(row) & 15);
   int shift = static_cast<int>(past / sizeof(T));
@@ -84,24 +89,38 @@ __device__ inline uint4 load_tokens(const T* row, int at, int vocab) {
   uint32_t words[4] = {};
 #pragma unroll
   for (int i = 0; i < n; i++)
-    if (at + i < vocab) words[i * 4 / n] |= bits_of(row[at + i]) << (8 * sizeof(T) * i % 32);
+    words[i * 4 / n] |= (at + i < vocab ? bits_of(row[at + i]) : past_end) << (8 * sizeof(T) * i % 32);
   return {words[0], words[1], words[2], words[3]};
 }
 
-// e^d for d <= 0. The arithmetic that follows is explicit: every thread must come to the same bits.
-__device__ inline float weight_of(float d) { return exp2f(__fmul_rn(d, 1.44269504088896341f)); }
+// 2^x, and 0 where that is below 2^-126: exp2f spends three instructions on such results, and no weight so small counts.
+__device__ inline float power_of_two(float x) {
+#if defined(__CUDA_ARCH__)
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+#else
+  return exp2f(x);
+#endif
+}
 
-// Sum of exp(x - max).
+// e^d for d <= 0. The arithmetic that follows is explicit: every thread must come to the same bits.
+__device__ inline float weight_of(float d) { return power_of_two(__fmul_rn(d, 1.44269504088896341f)); }
+
+// The largest x, and the sum of exp(x - max). A NaN or +inf among the x makes the sum NaN, for good.
 struct Softmax {
   float max, sum;
 };
 __device__ inline Softmax empty_softmax() { return {ED_NONE, 0.0f}; }
 
+// sum, taken from its maximum to a larger one.
+__device__ inline float rescaled(Softmax x, float max) {
+  return x.max > ED_NONE ? __fmul_rn(x.sum, weight_of(__fsub_rn(x.max, max))) : x.sum;
+}
+
 __device__ inline Softmax merged(Softmax a, Softmax b) {
   float max = fmaxf(a.max, b.max);
-  if (!(max > ED_NONE)) return {max, 0.0f};
-  return {max, __fadd_rn(__fmul_rn(a.sum, weight_of(__fsub_rn(a.max, max))),
-                         __fmul_rn(b.sum, weight_of(__fsub_rn(b.max, max))))};
+  return {max, __fadd_rn(rescaled(a, max), rescaled(b, max))};
 }
 
 template <int N>
@@ -109,22 +128,18 @@ __device__ inline void add(Softmax& total, const float (&x)[N]) {
   float max = total.max;
 #pragma unroll
   for (int i = 0; i < N; i++) max = fmaxf(max, x[i]);
-  if (!(max > ED_NONE)) return;
-  float sum = __fmul_rn(total.sum, weight_of(__fsub_rn(total.max, max)));
+  float sum = rescaled(total, max), origin = max > ED_NONE ? max : 0.0f;
 #pragma unroll
-  for (int i = 0; i < N; i++) sum = __fadd_rn(sum, weight_of(__fsub_rn(x[i], max)));
+  for (int i = 0; i < N; i++) sum = __fadd_rn(sum, weight_of(__fsub_rn(x[i], origin)));
   total = {max, sum};
 }
 
-// What a visit leaves: of scores s, of t = z / T, and whether some score is NaN or +inf.
+// What a visit leaves: of scores s, and of t = z / T.
 struct Sums {
   Softmax score, target;
-  uint32_t invalid;
 };
-__device__ inline Sums empty_sums() { return {empty_softmax(), empty_softmax(), 0}; }
-__device__ inline Sums merged(Sums a, Sums b) {
-  return {merged(a.score, b.score), merged(a.target, b.target), a.invalid | b.invalid};
-}
+__device__ inline Sums empty_sums() { return {empty_softmax(), empty_softmax()}; }
+__device__ inline Sums merged(Sums a, Sums b) { return {merged(a.score, b.score), merged(a.target, b.target)}; }
 
 template <typename T>
 struct Pair {
@@ -176,17 +191,17 @@ __device__ inline Sums visit(const Row<T>& row, int begin, int end, float* score
   constexpr int n = kPerLoad<T>;
   Sums sums = empty_sums();
   for (int at = begin + static_cast<int>(threadIdx.x) * n; at < end; at += kThreads * n) {
-    uint4 z = load_tokens(row.target, at, row.vocab);
+    uint4 z = load_tokens(row.target, at, row.vocab, mask_of(T{}));
     float s[n];
     unpack(z, s, T{});
     for (int p = 0; p < row.num_pairs; p++) {
       Pair<T> pair = row.pairs[p];
       if (pair.alpha == 0.0f) continue;
       float d[n];
-      uint4 plus = load_tokens(pair.expert, at, row.vocab);
+      uint4 plus = load_tokens(pair.expert, at, row.vocab, 0);
       if (pair.anti) {
         float minus[n];
-        uint4 packed = load_tokens(pair.anti, at, row.vocab);
+        uint4 packed = load_tokens(pair.anti, at, row.vocab, 0);
         unpack(plus, d, T{});
         unpack(packed, minus, T{});
 #pragma unroll
@@ -200,15 +215,12 @@ __device__ inline Sums visit(const Row<T>& row, int begin, int end, float* score
     float t[n];
     unpack(z, t, T{});
 #pragma unroll
-    for (int i = 0; i < n; i++) {
-      s[i] = at + i < row.vocab ? scored(s[i], t[i], row.temperature) : ED_NONE;
-      if (!(s[i] <= kLargest)) sums.invalid = 1;
-    }
+    for (int i = 0; i < n; i++) s[i] = scored(s[i], t[i], row.temperature);
     add(sums.score, s);
     store(score + (at - begin), s);
     if (!row.with_target) continue;
 #pragma unroll
-    for (int i = 0; i < n; i++) t[i] = at + i < row.vocab ? scored(t[i], t[i], row.temperature) : ED_NONE;
+    for (int i = 0; i < n; i++) t[i] = scored(t[i], t[i], row.temperature);
     add(sums.target, t);
     if (target) store(target + (at - begin), t);
   }

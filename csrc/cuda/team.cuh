@@ -16,8 +16,9 @@ constexpr int kThreads = ED_CUDA_THREADS;
 constexpr int kWarps = kThreads / 32;
 constexpr int kCluster = 8;  // blocks
 constexpr int kBins = 2048;  // of a histogram: 11 bits of a key
+static_assert(kBins / kWarps >= 64, "each warp's share of the bins holds a queue of two quads a lane");
 constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr int kExchangeWords = 5;
+constexpr int kExchangeWords = 4;
 
 // What the members of a team hold for one another, in shared memory. Results are written to one of two slots in turn:
 // who writes a slot again has passed a barrier that all readers of its last content have reached.
@@ -48,15 +49,12 @@ __device__ inline V get(const uint32_t* slot) {
   return value;
 }
 
-template <typename V>
-__device__ inline V from_lane_xor(const V& value, int mask) {
-  uint32_t words[sizeof(V) / 4];
-  memcpy(words, &value, sizeof(V));
+// The sum over `Lanes` neighbouring lanes, the same bits in each: whichever lane adds, it adds the same two numbers.
+template <int Lanes>
+__device__ inline float sum_of_lanes(float x) {
 #pragma unroll
-  for (unsigned i = 0; i < sizeof(V) / 4; i++) words[i] = __shfl_xor_sync(kAllLanes, words[i], mask);
-  V other;
-  memcpy(&other, words, sizeof(V));
-  return other;
+  for (int mask = Lanes / 2; mask > 0; mask >>= 1) x = __fadd_rn(x, __shfl_xor_sync(kAllLanes, x, mask));
+  return x;
 }
 
 // One block is the team: the row is its slice.
@@ -69,12 +67,12 @@ class BlockTeam {
   // All threads of the team reach this point, and see what the others wrote before it.
   __device__ void barrier() { __syncthreads(); }
 
-  // The merge of every thread's value, the same bits in every thread. `merge` must be symmetric to the bit: a warp's
-  // values meet in a butterfly.
+  // The merge of every thread's value, the same bits in every thread: Merge::over<Lanes>(value) merges the values of a
+  // warp's lanes, which repeat after the first `Lanes`, and gives every lane the same bits.
   template <typename V, typename Merge>
-  __device__ V all(V value, Merge merge) {
+  __device__ V all(V value, Merge) {
     turn_ ^= 1;
-    return of_block(value, merge);
+    return this->template of_block<Merge>(value);
   }
 
   // x[i] of the row, where x is split over the team.
@@ -90,16 +88,13 @@ class BlockTeam {
   __device__ void leave() {}
 
  protected:
-  template <typename V, typename Merge>
-  __device__ V of_block(V value, Merge merge) {
-#pragma unroll
-    for (int mask = 16; mask > 0; mask >>= 1) value = merge(value, from_lane_xor(value, mask));
+  template <typename Merge, typename V>
+  __device__ V of_block(V value) {
+    value = Merge::template over<32>(value);
     if (threadIdx.x % 32 == 0) put(memory_.warp[turn_][threadIdx.x / 32], value);
     __syncthreads();
     value = get<V>(memory_.warp[turn_][threadIdx.x % kWarps]);
-#pragma unroll
-    for (int mask = kWarps / 2; mask > 0; mask >>= 1) value = merge(value, from_lane_xor(value, mask));
-    return value;
+    return Merge::template over<kWarps>(value);
   }
 
   TeamMemory& memory_;
@@ -121,15 +116,13 @@ class ClusterTeam : public BlockTeam {
   }
 
   template <typename V, typename Merge>
-  __device__ V all(V value, Merge merge) {
+  __device__ V all(V value, Merge) {
     turn_ ^= 1;
-    value = of_block(value, merge);
+    value = of_block<Merge>(value);
     if (threadIdx.x == 0) put(memory_.block[turn_], value);
     barrier();
     value = get<V>(of_rank(memory_.block[turn_], threadIdx.x % kCluster));
-#pragma unroll
-    for (int mask = kCluster / 2; mask > 0; mask >>= 1) value = merge(value, from_lane_xor(value, mask));
-    return value;
+    return Merge::template over<kCluster>(value);
   }
 
   template <typename V>

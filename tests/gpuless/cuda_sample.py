@@ -22,7 +22,7 @@ from tests.ops.sampling_cases import Case
 
 SOURCE = Path(__file__).parents[2] / "csrc" / "cuda" / "ensemble_sample.cu"
 #: kThreads, kCluster, kVisitSlice, kGrain of the headers, and the bytes of a Sums. A test compares them, and the structures.
-CONSTANTS = THREADS, CLUSTER, VISIT_SLICE, GRAIN, SUMS = 512, 8, 4096, 8, 20
+CONSTANTS = THREADS, CLUSTER, VISIT_SLICE, GRAIN, SUMS = 512, 8, 4096, 8, 16
 _DTYPES = {torch.float32: (0, "If"), torch.bfloat16: (1, "INS_8bfloat16E"), torch.float16: (2, "INS_7float16E")}
 _POINTER, _COUNT = ctypes.c_void_p, ctypes.c_int64
 

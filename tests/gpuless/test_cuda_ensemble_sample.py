@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -33,11 +34,10 @@ SMALL = 64  # threads a block: what the sanitizers find doesn't depend on it, ho
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("cuda")
-    return {
-        "plain": build(folder / "plain"),
-        "address": build(folder / "address", "address,undefined", SMALL),
-        "thread": build(folder / "thread", "thread", SMALL),
-    }
+    kinds = {"plain": ("", 512), "address": ("address,undefined", SMALL), "thread": ("thread", SMALL)}
+    with ThreadPoolExecutor() as pool:
+        built = {name: pool.submit(build, folder / name, *options) for name, options in kinds.items()}
+    return {name: future.result() for name, future in built.items()}
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +125,7 @@ def test_numbers_that_are_not_finite(programs: dict[str, Path], judge: Judge) ->
     masked = make_case(99, [(0.9, 0, 0.0, 1.0), (0.9, 3, 0.0, 1.0), (1.0, 5, 0.0, 0.0), (1.0, 0, 0.5, 1.0)])
     masked.target[0] = -math.inf
     masked.target[1:, 2:] = -math.inf
+    masked.target[3, 90] = math.nan  # among masked tokens only
     check(judge, programs["address"], [*cases, masked])
 
 
@@ -210,22 +211,49 @@ PLANTED = {
         "    if (threadIdx.x == 0) put(memory_.block[turn_], value);\n    if (threadIdx.x < 32) barrier();", "plain"),
     "ties cut by position": (SAMPLE, "(0xffffffffu - token);\n}", "token;\n}", "wrong"),
     "a difference that is not finite counts": ("../score.h", "x - x == 0.0f ? x : 0.0f", "x", "wrong"),
+    "a lane takes from the queue before it is filled": (
+        SAMPLE, "      __syncwarp();\n      int from", "      int from", "thread"),
+    "the queue is filled before all have taken": (
+        SAMPLE, "      waiting = from;\n      __syncwarp();", "      waiting = from;", "thread"),
+    "warps share a queue": (SAMPLE, "threadIdx.x / 32 * (kBins / kWarps)", "0", "thread"),
+    "what is left in the queue is forgotten": (SAMPLE, "base < quads || waiting > 0", "base < quads", "wrong"),
+    "lanes that repeat count twice": (SAMPLE, "threadIdx.x % 32 < Lanes ? x.count : 0", "x.count", "wrong"),
     "noise of another position": (SAMPLE, "noise_key(*seed, *position)", "noise_key(*seed, *position + 1)", "wrong"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", PLANTED)
-def test_planted_bugs_are_found(name: str, tmp_path: Path) -> None:
+def with_bug(folder: Path, name: str) -> Path:
+    """The program of the source with that bug."""
     file, right, wrong, finder = PLANTED[name]
-    sources = tmp_path / "csrc"
+    sources = folder / "csrc"
     shutil.copytree(SOURCES, sources)
     path = sources / "cuda" / file
     text = path.read_text()
     assert text.count(right) == 1, f"{name}: the source has changed, plant it anew"
     path.write_text(text.replace(right, wrong))
     sanitizers = "" if finder in ("plain", "wrong") else finder
-    program = build(tmp_path / "program", sanitizers, SMALL, sources, "ONLY_FLOAT32")
-    case = make_case(1003, BUSY, pairs=1, nucleus="target", seed=1)
+    return build(folder / "program", sanitizers, SMALL, sources, "ONLY_FLOAT32")
+
+
+@pytest.fixture(scope="module")
+def planted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future]]:
+    """The programs with the bugs of the tests that were asked for, compiled side by side."""
+    asked = [item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        yield {
+            name: pool.submit(with_bug, tmp_path_factory.mktemp("planted"), name) for name in asked if name in PLANTED
+        }
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted_bugs_are_found(name: str, planted: dict[str, Future]) -> None:
+    finder = PLANTED[name][3]
+    program = planted[name].result()
+    if "queue" in name:  # long enough for several to be filled, a part of the tokens candidates
+        case = make_case(9001, [(0.9, 0, 0.0, 1.0)] * (3 if finder == "wrong" else 1), pairs=1, seed=1)
+    else:
+        case = make_case(1003, BUSY, pairs=1, nucleus="target", seed=1)
     cases = [case]
     if finder == "wrong":
         assert case.expert is not None
@@ -235,7 +263,7 @@ def test_planted_bugs_are_found(name: str, tmp_path: Path) -> None:
         assert masked.expert is not None
         masked.alpha, masked.expert[0, 0, 5] = torch.ones(1, 1), math.inf
         flat.alpha = torch.zeros(1, 1)
-        cases = [make_case(1003, [(1.0, 0, 0.0, 1.0)] * 3, pairs=1), flat, masked]
+        cases = [case, make_case(1003, [(1.0, 0, 0.0, 1.0), (1.0, 40, 0.0, 1.0)] * 3, pairs=1), flat, masked]
     done = launch(program, [pack(c, misaligned=0 if finder == "wrong" else 12) for c in cases])
     if finder == "wrong":
         if done.returncode == 0:

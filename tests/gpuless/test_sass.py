@@ -32,6 +32,7 @@ def test_spills_and_fp64_are_seen(tmp_path: Path) -> None:
     (kernel,) = figures(cubin.read_bytes()).values()
     assert kernel.local > 0
     assert kernel.fp64
+    assert kernel.shared == 0  # the driver's kilobyte is not the kernel's
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,7 @@ struct Fiber {
   int kind = 0;
   uint64_t value = 0;
   uint64_t cluster_phase = 0;
+  unsigned warp_phase = 0;  // how often it was at __syncwarp
   bool arrived = false;  // at the cluster's barrier, and has not waited yet
   dim3 index;
 };
@@ -117,6 +118,7 @@ struct Block {
   int vote = 0;
   char order[2];
   uint64_t lanes[32][32];
+  char warp_order[32][2];
   char* dynamic = nullptr;
   size_t dynamic_bytes = 0;
   char* thread_pointer = nullptr;
@@ -199,6 +201,15 @@ ON_CPU_PLAIN inline uint64_t warp_exchange(unsigned mask, uint64_t value, int ki
   f->value = value;
   to_scheduler();
   return 0;
+}
+
+// All lanes, and what they wrote is seen by the others: in turn, as at the block's barrier.
+ON_CPU_PLAIN inline void warp_barrier() {
+  Fiber* f = block->current;
+  char* order = &block->warp_order[f->tid >> 5][f->warp_phase++ & 1];
+  ON_CPU_RELEASE(order);
+  warp_exchange(0xffffffffu, 0, 4);
+  ON_CPU_ACQUIRE(order);
 }
 
 ON_CPU_PLAIN inline uint64_t lane_value(unsigned mask, unsigned lane) {
@@ -501,6 +512,21 @@ inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
     if (mask >> lane & 1) value = std::max(value, static_cast<unsigned>(on_cpu::lane_value(mask, lane)));
   return value;
 }
+inline unsigned __reduce_add_sync(unsigned mask, unsigned value) {
+  on_cpu::warp_exchange(mask, value, 6);
+  unsigned sum = 0;
+  for (unsigned lane = 0; lane < 32; lane++)
+    if (mask >> lane & 1) sum += static_cast<unsigned>(on_cpu::lane_value(mask, lane));
+  return sum;
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  on_cpu::warp_exchange(mask, predicate != 0, 5);
+  unsigned votes = 0;
+  for (unsigned lane = 0; lane < 32; lane++)
+    if (mask >> lane & 1) votes |= static_cast<unsigned>(on_cpu::lane_value(mask, lane)) << lane;
+  return votes;
+}
+inline void __syncwarp() { on_cpu::warp_barrier(); }
 inline unsigned atomicAdd(unsigned* p, unsigned value) { return __atomic_fetch_add(p, value, __ATOMIC_RELAXED); }
 // Not inlined: all of *p is read, also where only a part is used.
 template <typename T>
@@ -511,6 +537,7 @@ inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned bits) {
   return static_cast<unsigned>(((static_cast<uint64_t>(high) << 32) | low) >> (bits & 31));
 }
 inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline float __logf(float x) { return logf(x); }
 inline float __fmul_rn(float x, float y) { return x * y; }
 inline float __fadd_rn(float x, float y) { return x + y; }
