@@ -43,20 +43,12 @@ def _difference(expert, anti, at, on, vocab, HAS_ANTI: tl.constexpr, PLACE: tl.c
 
 
 @triton.jit
-def combined_at(
-    target,
-    expert,
-    anti,
-    expert_pair_stride,
-    anti_pair_stride,
-    alpha,
-    at,
-    vocab,
-    PAIRS: tl.constexpr,
-    HAS_ANTI: tl.constexpr,
-    PLACE: tl.constexpr,
-):
-    """(z, z + Σ α (z⁺ − z⁻)) of one row at tokens ``at``, float32; −inf from ``vocab`` on. Pairs with α = 0 are not read."""
+def combined_at(logits, at, vocab, PAIRS: tl.constexpr, HAS_ANTI: tl.constexpr, PLACE: tl.constexpr):
+    """(z, z + Σ α (z⁺ − z⁻)) of one row at tokens ``at``, float32; −inf from ``vocab`` on. Pairs with α = 0 are not read.
+
+    ``logits`` says where the row's lie: target, expert and anti-expert of the first pair, the steps to those of the next, α.
+    """
+    target, expert, anti, expert_pair_stride, anti_pair_stride, alpha = logits
     z = _load(target, at, vocab > 0, vocab, float("-inf"), PLACE)
     combined = z
     # Unrolled, the loads of all pairs are in flight together, which takes registers that a whole row needs.
@@ -105,21 +97,21 @@ def combine_kernel(
     """Program (row, block) writes one block of the combined logits."""
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * BLOCK
-    target += row * target_stride
-    expert += row * expert_stride
-    anti += row * anti_stride
-    alpha += row * alpha_stride
+    logits = (
+        target + row * target_stride,
+        expert + row * expert_stride,
+        anti + row * anti_stride,
+        expert_pair_stride,
+        anti_pair_stride,
+        alpha + row * alpha_stride,
+    )
     out += row * out_stride
     at = first + tl.arange(0, BLOCK)
     if first + BLOCK <= vocab:
-        _, combined = combined_at(
-            target, expert, anti, expert_pair_stride, anti_pair_stride, alpha, at, vocab, PAIRS, HAS_ANTI, INSIDE
-        )
+        _, combined = combined_at(logits, at, vocab, PAIRS, HAS_ANTI, INSIDE)
         tl.store(out + at, combined)
     else:
-        _, combined = combined_at(
-            target, expert, anti, expert_pair_stride, anti_pair_stride, alpha, at, vocab, PAIRS, HAS_ANTI, ACROSS
-        )
+        _, combined = combined_at(logits, at, vocab, PAIRS, HAS_ANTI, ACROSS)
         tl.store(out + at, combined, mask=at < vocab)
 
 

@@ -52,34 +52,30 @@ def _divide(x, heat):
 
 
 @triton.jit
-def _scores(
-    target,
-    expert,
-    anti,
-    expert_pair_stride,
-    anti_pair_stride,
-    alpha,
-    first,
-    vocab,
-    heat,
-    PAIRS: tl.constexpr,
-    HAS_ANTI: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """(s, t = z / T) of tokens ``first … first + BLOCK − 1`` of a row, −inf past its end."""
-    at = first + tl.arange(0, BLOCK)
-    if first + BLOCK <= vocab:
-        t, s = combined_at(
-            target, expert, anti, expert_pair_stride, anti_pair_stride, alpha, at, vocab, PAIRS, HAS_ANTI, INSIDE
-        )
-    else:
-        t, s = combined_at(
-            target, expert, anti, expert_pair_stride, anti_pair_stride, alpha, at, vocab, PAIRS, HAS_ANTI, ACROSS
-        )
-    if heat != 1.0:  # division is exact in every back end, and slow
+def _heated(s, t, heat):
+    """Both over T; division is exact in every back end, and slow."""
+    if heat != 1.0:
         s = _divide(s, heat)
         t = _divide(t, heat)
     return s, t
+
+
+@triton.jit
+def _scores(logits, first, vocab, heat, PAIRS: tl.constexpr, HAS_ANTI: tl.constexpr, BLOCK: tl.constexpr):
+    """(s, t = z / T) of tokens ``first … first + BLOCK − 1`` of a row, −inf past its end."""
+    at = first + tl.arange(0, BLOCK)
+    if first + BLOCK <= vocab:
+        t, s = combined_at(logits, at, vocab, PAIRS, HAS_ANTI, INSIDE)
+    else:
+        t, s = combined_at(logits, at, vocab, PAIRS, HAS_ANTI, ACROSS)
+    return _heated(s, t, heat)
+
+
+@triton.jit
+def _scores_of_whole_row(logits, vocab, heat, PAIRS: tl.constexpr, HAS_ANTI: tl.constexpr, BLOCK: tl.constexpr):
+    """The same for a block that a row does not fill."""
+    t, s = combined_at(logits, tl.arange(0, BLOCK), vocab, PAIRS, HAS_ANTI, WHOLE_ROW)
+    return _heated(s, t, heat)
 
 
 @triton.jit
@@ -100,17 +96,10 @@ def _keys(s, filter_score, seed, position, first, greedy, BLOCK: tl.constexpr):
 
 @triton.jit
 def _store_result(
-    token,
-    logprob,
-    target_logprob,
+    outputs,
     row,
     chosen,
-    target,
-    expert,
-    anti,
-    expert_pair_stride,
-    anti_pair_stride,
-    alpha,
+    logits,
     heat,
     maximum,
     total,
@@ -121,23 +110,12 @@ def _store_result(
     IS_COMBINED: tl.constexpr,
 ):
     """Writes a row's results; ``chosen`` is −1 where it has none."""
+    token, logprob, target_logprob = outputs
     tl.store(token + row, chosen.to(tl.int64))
     own = float("nan")
     of_target = float("nan")
     if chosen >= 0:
-        z, combined = combined_at(
-            target,
-            expert,
-            anti,
-            expert_pair_stride,
-            anti_pair_stride,
-            alpha,
-            chosen,
-            chosen + 1,
-            PAIRS,
-            HAS_ANTI,
-            INSIDE,
-        )
+        z, combined = combined_at(logits, chosen, chosen + 1, PAIRS, HAS_ANTI, INSIDE)
         own = _divide(combined, heat) - maximum - tl.log(total)
         if PAIRS == 0:
             of_target = own
@@ -202,20 +180,15 @@ def partials_kernel(
     k = tl.load(top_k + row)
     greedy = heat == 0.0
     heat = tl.where(greedy, 1.0, heat)
-    s, t = _scores(
+    logits = (
         target + row * target_stride,
         expert + row * expert_stride,
         anti + row * anti_stride,
         expert_pair_stride,
         anti_pair_stride,
         alpha + row * alpha_stride,
-        first,
-        vocab,
-        heat,
-        PAIRS,
-        HAS_ANTI,
-        BLOCK,
     )
+    s, t = _scores(logits, first, vocab, heat, PAIRS, HAS_ANTI, BLOCK)
     out = workspace + row * FIELDS * LANES + chunk
     maximum = tl.max(s, 0)
     tl.store(out + MAX * LANES, maximum)
@@ -273,12 +246,7 @@ def _byte_of_kth(histogram, k):
 
 @triton.jit
 def _mass_of_top_k(
-    target,
-    expert,
-    anti,
-    expert_pair_stride,
-    anti_pair_stride,
-    alpha,
+    logits,
     vocab,
     heat,
     k,
@@ -297,20 +265,7 @@ def _mass_of_top_k(
         next_shift -= 8
         histogram = tl.zeros([256], tl.int32)
         for first in range(0, vocab, BLOCK):
-            s, t = _scores(
-                target,
-                expert,
-                anti,
-                expert_pair_stride,
-                anti_pair_stride,
-                alpha,
-                first,
-                vocab,
-                heat,
-                PAIRS,
-                HAS_ANTI,
-                BLOCK,
-            )
+            s, t = _scores(logits, first, vocab, heat, PAIRS, HAS_ANTI, BLOCK)
             bits = _ordered_bits(t if BY_TARGET else s)
             histogram += tl.histogram(((bits >> shift) & 255).to(tl.int32), 256, mask=(bits & known) == prefix)
         byte, above = _byte_of_kth(histogram, k)
@@ -319,20 +274,7 @@ def _mass_of_top_k(
         known |= tl.full([1], 255, tl.uint32) << shift
     mass = 0.0
     for first in range(0, vocab, BLOCK):
-        s, t = _scores(
-            target,
-            expert,
-            anti,
-            expert_pair_stride,
-            anti_pair_stride,
-            alpha,
-            first,
-            vocab,
-            heat,
-            PAIRS,
-            HAS_ANTI,
-            BLOCK,
-        )
+        s, t = _scores(logits, first, vocab, heat, PAIRS, HAS_ANTI, BLOCK)
         f = t if BY_TARGET else s
         mass += tl.sum(tl.where(_ordered_bits(f) >= prefix, tl.exp(f - maximum), 0.0), 0)
     return mass
@@ -385,10 +327,14 @@ def resolve_kernel(
     k = tl.where((k <= 0) | (k >= vocab), 0, k)
     unfiltered = (p >= 1.0) & (k == 0)
     if (chunk == 0) | (not (unfiltered & (ratio <= 0.0))):
-        target += row * target_stride
-        expert += row * expert_stride
-        anti += row * anti_stride
-        alpha += row * alpha_stride
+        logits = (
+            target + row * target_stride,
+            expert + row * expert_stride,
+            anti + row * anti_stride,
+            expert_pair_stride,
+            anti_pair_stride,
+            alpha + row * alpha_stride,
+        )
         base = workspace + row * FIELDS * LANES
 
         # The chunks' results, in the order of the chunks.
@@ -445,20 +391,7 @@ def resolve_kernel(
             weighed = found - sure
             above = base + (LIST + 3 * STEPS) * LANES
             if tl.load(base + f_field * LANES + chunk) > tl.min(threshold, 0):
-                s, t = _scores(
-                    target,
-                    expert,
-                    anti,
-                    expert_pair_stride,
-                    anti_pair_stride,
-                    alpha,
-                    chunk * BLOCK,
-                    vocab,
-                    heat,
-                    PAIRS,
-                    HAS_ANTI,
-                    BLOCK,
-                )
+                s, t = _scores(logits, chunk * BLOCK, vocab, heat, PAIRS, HAS_ANTI, BLOCK)
                 f = t if BY_TARGET else s
                 weight = tl.exp(f - f_max)
                 for i in range(weighed):
@@ -475,12 +408,7 @@ def resolve_kernel(
                 tl.debug_barrier()
                 if (k > 0) & (p < 1.0):
                     f_total = _mass_of_top_k(
-                        target,
-                        expert,
-                        anti,
-                        expert_pair_stride,
-                        anti_pair_stride,
-                        alpha,
+                        logits,
                         vocab,
                         heat,
                         k,
@@ -513,20 +441,7 @@ def resolve_kernel(
                     best_id = -1
                     best_f = NONE
                     for first in range(0, vocab, BLOCK):
-                        s, t = _scores(
-                            target,
-                            expert,
-                            anti,
-                            expert_pair_stride,
-                            anti_pair_stride,
-                            alpha,
-                            first,
-                            vocab,
-                            heat,
-                            PAIRS,
-                            HAS_ANTI,
-                            BLOCK,
-                        )
+                        s, t = _scores(logits, first, vocab, heat, PAIRS, HAS_ANTI, BLOCK)
                         f = t if BY_TARGET else s
                         mass += tl.sum(tl.where(f > floor, tl.exp(f - f_max), 0.0), 0)
                         count += tl.sum(tl.where(f > floor, 1.0, 0.0), 0)
@@ -550,17 +465,10 @@ def resolve_kernel(
                         floor = best_f
         if done == 1:
             _store_result(
-                token,
-                logprob,
-                target_logprob,
+                (token, logprob, target_logprob),
                 row,
                 chosen,
-                target,
-                expert,
-                anti,
-                expert_pair_stride,
-                anti_pair_stride,
-                alpha,
+                logits,
                 heat,
                 maximum,
                 total,
@@ -573,31 +481,6 @@ def resolve_kernel(
 
 
 # ── one launch ──────────────────────────────────────────────────────────────────────────────────────────────────────
-@triton.jit
-def _whole_row(
-    target,
-    expert,
-    anti,
-    expert_pair_stride,
-    anti_pair_stride,
-    alpha,
-    vocab,
-    heat,
-    PAIRS: tl.constexpr,
-    HAS_ANTI: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """As ``_scores``, for a block that a row does not fill."""
-    at = tl.arange(0, BLOCK)
-    t, s = combined_at(
-        target, expert, anti, expert_pair_stride, anti_pair_stride, alpha, at, vocab, PAIRS, HAS_ANTI, WHOLE_ROW
-    )
-    if heat != 1.0:
-        s = _divide(s, heat)
-        t = _divide(t, heat)
-    return s, t
-
-
 @triton.jit
 def whole_row_kernel(
     target,
@@ -628,19 +511,21 @@ def whole_row_kernel(
 ):
     """Program (row): a cluster holds the row's scores in registers; noise and exponentials are computed again each round."""
     row = tl.program_id(0).to(tl.int64)
-    target += row * target_stride
-    expert += row * expert_stride
-    anti += row * anti_stride
-    alpha += row * alpha_stride
+    logits = (
+        target + row * target_stride,
+        expert + row * expert_stride,
+        anti + row * anti_stride,
+        expert_pair_stride,
+        anti_pair_stride,
+        alpha + row * alpha_stride,
+    )
     heat = tl.load(temperature + row)
     k = tl.load(top_k + row)
     p = tl.load(top_p + row)
     greedy = heat == 0.0
     heat = tl.where(greedy, 1.0, heat)
     k = tl.where((k <= 0) | (k >= vocab), 0, k)
-    s, t = _whole_row(
-        target, expert, anti, expert_pair_stride, anti_pair_stride, alpha, vocab, heat, PAIRS, HAS_ANTI, BLOCK
-    )
+    s, t = _scores_of_whole_row(logits, vocab, heat, PAIRS, HAS_ANTI, BLOCK)
     maximum = tl.max(s, 0)
     bad = tl.max(tl.where(s <= LARGEST, 0.0, 1.0), 0)
     valid = (bad == 0.0) & (maximum > NONE)
@@ -686,17 +571,10 @@ def whole_row_kernel(
             chosen = index
         looking = chosen < 0
     _store_result(
-        token,
-        logprob,
-        target_logprob,
+        (token, logprob, target_logprob),
         row,
         chosen,
-        target,
-        expert,
-        anti,
-        expert_pair_stride,
-        anti_pair_stride,
-        alpha,
+        logits,
         heat,
         maximum,
         total,
