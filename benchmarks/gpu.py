@@ -1,73 +1,46 @@
 """Everything that only a GPU can tell, in one command, and a report of it.
 
-    python benchmarks/gpu.py                     # parity, compute-sanitizer, timings: gpu-report.md and gpu-report.json
-    python benchmarks/gpu.py --only sample       # one part: parity, sanitizer, sample or step
+    python benchmarks/gpu.py                     # parity, timings, compute-sanitizer in ten minutes: gpu-report.md and .json
+    python benchmarks/gpu.py --only sample       # one part: parity, sample, step or sanitizer
     python benchmarks/gpu.py --plan              # print what would run, needs no GPU
 
-Timings of operators are of CUDA graphs that hold several calls: *cold* ones go round buffers of more than twice the L2 cache, *warm* ones
-stay on one. What a peer's call can't do inside a graph is timed without one, and marked so.
+Parity comes first, the sanitizers, which are slow, last. The report is written anew after every task, so that what has run is
+there however it ends; what there was no time for is named in it. Timings run in a process of their own: a kernel that hangs or
+breaks the device's context costs its own task and no other.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import json
-import math
+import multiprocessing
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from ensemble_decode import ExpertPair, ops
-from ensemble_decode.engine.batch import BLOCK_SIZE, Batch, SampleRow, Span, Steering
-from ensemble_decode.engine.runner import Runner
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.gpu_timings import DTYPES, STEP_MODES, random_models, sample_times, step_time
+from ensemble_decode import ExpertPair
 from ensemble_decode.models.ensemble import Ensemble, load_ensemble
 
-PARTS = ("parity", "sanitizer", "sample", "step")
-VOCABULARIES = (32000, 50257, 128256, 151936)
+PARTS = ("parity", "sample", "step", "sanitizer")
+VOCABULARIES = (128256, 50257, 151936, 32000)
 BATCHES = (1, 8, 64, 512)
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-TOP_P, TEMPERATURE, ALPHA = 0.9, 0.8, 1.0
 CONTEXTS = (128, 1024)
-STEP_BATCHES = (1, 8, 32, 64)
-#: (name, whether the pair steers, placement, whether steps are captured)
-STEP_MODES = (
-    ("target alone, eager", False, "sequential", False),
-    ("target alone, graph", False, "sequential", True),
-    ("sequential groups, eager", True, "sequential", False),
-    ("sequential groups, graph", True, "sequential", True),
-    ("streams, eager", True, "lanes", False),
-    ("streams, graph", True, "lanes", True),
-)
-#: Llama shapes that stand for the models where none are named: weights are random, so only times are told.
-SHAPES: dict[str, dict[str, Any]] = {
-    "target": {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    },
-    "expert": {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-    },
-}
+STEP_BATCHES = (1, 8, 32)
+#: Seconds that one task of a part may take.
+LIMITS = {"parity": 300.0, "sample": 60.0, "step": 60.0, "sanitizer": 120.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,19 +53,14 @@ class Task:
 
 
 def plan(parts: tuple[str, ...]) -> list[Task]:
-    """Everything that a run does, in its order."""
-    tasks = [
-        Task("parity", "pytest -m gpu", {"command": [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu", "-s"]})
-    ]
-    for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "99", sys.executable, "-m", "pytest"]
-        command += ["-m", "gpu", "tests/gpu/test_ensemble_sample.py", "-k", "parity and (1023 or 4097)"]
-        tasks.append(Task("sanitizer", f"compute-sanitizer {tool}", {"command": command}))
+    """Everything that a run does, in its order: what is right, then what matters most."""
+    tests = [sys.executable, "-m", "pytest", "-m", "gpu", "-s"]
+    tasks = [Task("parity", "pytest -m gpu", {"command": [*tests, "tests/gpu"]})]
     tasks += [
         Task("sample", f"V={vocab} B={batch} {dtype}", {"vocab": vocab, "batch": batch, "dtype": dtype})
-        for vocab in VOCABULARIES
-        for batch in BATCHES
         for dtype in DTYPES
+        for vocab in (VOCABULARIES if dtype == "bfloat16" else VOCABULARIES[:1])
+        for batch in BATCHES
     ]
     tasks += [
         Task("step", f"{name}, B={batch}, context {context}", {"mode": name, "batch": batch, "context": context})
@@ -100,216 +68,105 @@ def plan(parts: tuple[str, ...]) -> list[Task]:
         for context in CONTEXTS
         for batch in STEP_BATCHES
     ]
+    for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "99", *tests]
+        command += ["tests/gpu/test_ensemble_sample.py", "-k", "parity and (1023 or 4097) and float32"]
+        tasks.append(Task("sanitizer", f"compute-sanitizer {tool}", {"command": command}))
     return [task for task in tasks if task.part in parts]
 
 
-# ── parity and sanitizer: other programs ────────────────────────────────────────────────────────────────────────────
-def run_command(command: list[str]) -> dict[str, Any]:
-    """Run a program, and keep how it ended and the end of what it said."""
+# ── running: other programs, and a process for the timings ──────────────────────────────────────────────────────────
+def run_command(command: list[str], limit: float) -> dict[str, Any]:
+    """Run a program for at most ``limit`` seconds, and keep how it ended and the end of what it said."""
     if shutil.which(command[0]) is None:
         return {"skipped": f"{command[0]} is not installed"}
     start = time.perf_counter()
-    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
-    tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
-    return {"passed": done.returncode == 0, "seconds": time.perf_counter() - start, "tail": tail}
-
-
-# ── the sampling operator ───────────────────────────────────────────────────────────────────────────────────────────
-def sort_pipeline(target: Tensor, expert: Tensor, anti: Tensor) -> Tensor:
-    """What a processor and a sampler do together in most stacks; Gumbel-like noise instead of multinomial's check."""
-    logits = (target.float() + ALPHA * (expert[0].float() - anti[0].float())) / TEMPERATURE
-    ordered, order = logits.softmax(-1).sort(dim=-1, descending=True)
-    ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= TOP_P, 0.0)
-    place = (ordered / torch.empty_like(ordered).exponential_()).argmax(-1, keepdim=True)
-    return order.gather(-1, place).squeeze(-1)
-
-
-def parameters(batch: int, device: torch.device) -> dict[str, Any]:
-    number = torch.arange(batch, device=device)
-    return {
-        "alpha": torch.full((batch, 1), ALPHA, device=device),
-        "temperature": torch.full((batch,), TEMPERATURE, device=device),
-        "top_k": torch.zeros(batch, dtype=torch.int32, device=device),
-        "top_p": torch.full((batch,), TOP_P, device=device),
-        "min_p": torch.zeros(batch, device=device),
-        "seed": number,
-        "position": number.clone(),
-    }
-
-
-def contenders(vocab: int, batch: int, device: torch.device) -> dict[str, Callable[[Tensor, Tensor, Tensor], Any]]:
-    """Ours in every form that the device has, and the peers that are installed."""
-    values = parameters(batch, device)
-    capability = None if torch.version.hip else torch.cuda.get_device_capability(device)
-    found: dict[str, Callable] = {"chosen": lambda z, e, a: ops.ensemble_sample(z, e, a, **values)}
-    if importlib.util.find_spec("triton") is not None:
-        kernel = importlib.import_module("ensemble_decode.kernels.ensemble_sample")
-
-        def form(one_launch: bool) -> Callable[[Tensor, Tensor, Tensor], Any]:
-            def call(z: Tensor, e: Tensor, a: Tensor) -> Any:
-                launches, results = kernel.plan(
-                    z,
-                    e,
-                    a,
-                    **values,
-                    nucleus_target=False,
-                    target_is_combined=False,
-                    capability=capability,
-                    one_launch=one_launch,
-                )
-                for launch in launches:
-                    launch()
-                return results
-
-            return call
-
-        found["Triton, two launches"] = form(False)
-        if kernel.one_launch_fits(capability, vocab):
-            found["Triton, one launch"] = form(True)
-    if hasattr(torch.ops.ensemble_decode, "ensemble_sample_cuda"):
-        ordered = tuple(values.values())
-        found["CUDA C++"] = lambda z, e, a: torch.ops.ensemble_decode.ensemble_sample_cuda(
-            z, e, a, *ordered, False, False
-        )
-    found["torch, sort"] = sort_pipeline
-    found["torch.compile, sort"] = torch.compile(sort_pipeline)
-    found |= installed_peers(values)
-    return found
-
-
-def installed_peers(values: dict[str, Any]) -> dict[str, Callable[[Tensor, Tensor, Tensor], Any]]:
-    """FlashInfer's and vLLM's samplers behind the same combination, where they are installed."""
-    found: dict[str, Callable] = {}
-
-    def scores(z: Tensor, e: Tensor, a: Tensor) -> Tensor:
-        return (z.float() + ALPHA * (e[0].float() - a[0].float())) / TEMPERATURE
-
-    if importlib.util.find_spec("flashinfer") is not None:
-        from flashinfer.sampling import top_p_sampling_from_probs
-
-        found["FlashInfer"] = lambda z, e, a: top_p_sampling_from_probs(scores(z, e, a).softmax(-1), TOP_P)
-    if importlib.util.find_spec("vllm") is not None:
-        from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p, random_sample
-
-        found["vLLM"] = lambda z, e, a: random_sample(
-            apply_top_k_top_p(scores(z, e, a), None, values["top_p"]).softmax(-1), {}
-        )
-    return found
-
-
-def sample_times(vocab: int, batch: int, dtype: str, device: torch.device) -> dict[str, Any]:
-    """Microseconds a call, cold and warm, of every contender on rows that look like a language model's."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def logits() -> Tensor:
-        rank = torch.rand(batch, vocab, device=device, generator=generator).argsort(-1)
-        noise = torch.randn(batch, vocab, device=device, generator=generator)
-        return (-1.1 * torch.log(rank + 2.0) + 0.7 * noise).to(DTYPES[dtype])
-
-    one = 3 * batch * vocab * DTYPES[dtype].itemsize
-    cache = torch.cuda.get_device_properties(device).L2_cache_size
-    count = max(2, math.ceil(2.5 * cache / one))
-    first = (logits(), logits().unsqueeze(0), logits().unsqueeze(0))
-    sets = [first, *(tuple(x.clone() for x in first) for _ in range(count - 1))]
-    out: dict[str, Any] = {"bytes": one, "times": {}}
-    for name, call in contenders(vocab, batch, device).items():
+    root = Path(__file__).parent.parent
+    with tempfile.TemporaryFile("w+") as said:
         try:
-            cold, graph = median_call(call, sets)
-            warm, _ = median_call(call, [sets[0]] * 8)
-            out["times"][name] = {"cold": cold, "warm": warm, "graph": graph}
-        except Exception as error:  # a peer that fails is told, and stops nobody else
-            out["times"][name] = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
-    return out
+            code: int | None = subprocess.run(
+                command, cwd=root, stdout=said, stderr=subprocess.STDOUT, timeout=limit, check=False
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = None
+        said.seek(0)
+        tail = said.read().strip().splitlines()[-15:]
+    if code is None:
+        tail.append(f"stopped after {limit:.0f} s")
+    return {"passed": code == 0, "seconds": time.perf_counter() - start, "tail": "\n".join(tail)}
 
 
-def median_call(call: Callable, sets: list[Any], rounds: int = 20) -> tuple[float, bool]:
-    """Microseconds a call over ``sets``, median of ``rounds``; and whether they ran as one graph."""
-
-    def every() -> None:
-        for arguments in sets:
-            call(*arguments)
-
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            every()
-    torch.cuda.synchronize()
-    run, captured = every, False
-    try:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            every()
-        run, captured = graph.replay, True
-    except RuntimeError:
-        torch.cuda.synchronize()
-    times = []
-    for _ in range(rounds):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(sets))
-    return statistics.median(times), captured
+def time_tasks(connection: Connection, models: tuple[str, str, str] | None) -> None:
+    """The process that times: a task comes in, its result goes out. Models are loaded for the first step."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    ensemble: Ensemble | None = None
+    with tempfile.TemporaryDirectory() as folder:
+        while (task := connection.recv()) is not None:
+            try:
+                if task.part == "sample":
+                    result = sample_times(**task.options, device=device)
+                else:
+                    if ensemble is None:
+                        target, expert, anti = models or random_models(Path(folder))
+                        ensemble = load_ensemble(target, {"pair": ExpertPair(expert, anti)}, device=str(device))
+                    result = step_time(ensemble, **task.options)
+            except Exception as error:
+                result = {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+            connection.send(result)
 
 
-# ── the engine's step ───────────────────────────────────────────────────────────────────────────────────────────────
-def random_models(root: Path) -> tuple[str, str, str]:
-    """Folders of a target and two experts with random weights in :data:`SHAPES`."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
+class Timer:
+    """Runs tasks in a process that is replaced when it takes too long, dies, or can't use its device any more."""
 
-    folders = []
-    for number, (name, shape) in enumerate((("target", "target"), ("expert", "expert"), ("anti", "expert"))):
-        torch.manual_seed(number)
-        config = LlamaConfig(vocab_size=49152, max_position_embeddings=8192, **SHAPES[shape])
-        folders.append(str(root / name))
-        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folders[-1])
-    return folders[0], folders[1], folders[2]
+    def __init__(self, work: Callable[..., None], *arguments: Any, start: str = "spawn") -> None:
+        self.work, self.arguments, self.context = work, arguments, multiprocessing.get_context(start)
+        self.process: multiprocessing.process.BaseProcess | None = None
+        self.connection: Connection | None = None
 
+    def run(self, task: Task, limit: float) -> dict[str, Any]:
+        if self.connection is None:
+            self.connection, theirs = self.context.Pipe()
+            self.process = self.context.Process(target=self.work, args=(theirs, *self.arguments), daemon=True)  # type: ignore[attr-defined]
+            self.process.start()
+            theirs.close()
+        self.connection.send(task)
+        if not self.connection.poll(limit):
+            result = {"error": f"stopped after {limit:.0f} s"}
+        else:
+            try:
+                result = self.connection.recv()
+            except EOFError:
+                result = {"error": "the process died"}
+        if "error" in result and not result["error"].startswith("OutOfMemoryError"):
+            self.close()
+        return result
 
-def decode_batch(ensemble: Ensemble, batch: int, context: int, steered: bool) -> Batch:
-    """A step in which ``batch`` sequences of ``context`` tokens go on by one."""
-    layout = ensemble.layout
-    pairs = tuple(range(len(layout.pairs))) if steered else ()
-    blocks = -(-(context + 1) // BLOCK_SIZE)
-    spans = [
-        Span([7 + row], context, list(range(row * blocks, (row + 1) * blocks)), layout.pools_of(pairs, 0), 1)
-        for row in range(batch)
-    ]
-    rows = [
-        SampleRow(
-            row,
-            tuple(Steering(pair, ALPHA, row, row) for pair in pairs),
-            TEMPERATURE,
-            0,
-            TOP_P,
-            0.0,
-            "combined",
-            row,
-            context + 1,
-        )
-        for row in range(batch)
-    ]
-    return Batch(spans, rows)
+    def close(self) -> None:
+        if self.process is not None and self.connection is not None:
+            self.process.kill()
+            self.process.join()
+            self.connection.close()
+        self.process = self.connection = None
 
 
-def step_time(ensemble: Ensemble, mode: str, batch: int, context: int, rounds: int = 50) -> dict[str, Any]:
-    """Milliseconds of a decode step on the host's clock, token read-back included: median and 90th percentile."""
-    _, steered, placement, graphs = next(entry for entry in STEP_MODES if entry[0] == mode)
-    blocks = batch * -(-(context + 1) // BLOCK_SIZE)
-    runner = Runner(ensemble, blocks, placement, graphs=graphs)  # type: ignore[arg-type]
-    work = decode_batch(ensemble, batch, context, steered)
-    for _ in range(5):
-        runner.execute(work)
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        runner.execute(work)
-        times.append((time.perf_counter() - start) * 1e3)
-    captured = runner.graphs.replays if runner.graphs is not None else 0
-    runner.close()
-    times.sort()
-    return {"median": statistics.median(times), "p90": times[int(0.9 * rounds)], "replays": captured}
+def run_tasks(
+    tasks: list[Task], timer: Timer, seconds: float, save: Callable[[list[dict[str, Any]]], None]
+) -> list[dict[str, Any]]:
+    """Run every task that ``seconds`` leave time for, and ``save`` all results after each; one that fails stops no other."""
+    results: list[dict[str, Any]] = []
+    end = time.perf_counter() + seconds
+    for task in tqdm(tasks, unit="task"):
+        limit = min(LIMITS[task.part], end - time.perf_counter())
+        if limit < 5:
+            result: dict[str, Any] = {"skipped": "no time was left"}
+        elif "command" in task.options:
+            result = run_command(task.options["command"], limit)
+        else:
+            result = timer.run(task, limit)
+        results.append(asdict(task) | result)
+        save(results)
+    timer.close()
+    return results
 
 
 # ── the report ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -354,9 +211,9 @@ def markdown(about: dict[str, Any], results: list[dict[str, Any]]) -> str:
             f"| {r['name']} | {r['median']:.2f} | {r['p90']:.2f} | {'yes' if r['replays'] else 'no'} |" for r in steps
         ]
         lines.append("")
-    broken = [r for r in results if "error" in r]
+    broken = [(r["name"], r.get("error") or r["skipped"]) for r in results if "error" in r or "skipped" in r]
     if broken:
-        lines += ["## What did not run", "", *(f"* {r['name']}: {r['error']}" for r in broken), ""]
+        lines += ["## What did not run", "", *(f"* {name}: {why}" for name, why in broken), ""]
     return "\n".join(lines)
 
 
@@ -368,32 +225,10 @@ def _cell(times: dict[str, Any] | None) -> str:
     return f"{times['cold']:.1f} ({times['warm']:.1f}){'' if times['graph'] else chr(92) + '*'}"
 
 
-def run_tasks(tasks: list[Task], models: tuple[str, str, str] | None, device: torch.device) -> list[dict[str, Any]]:
-    """Run every task; one that fails is reported and stops no other."""
-    results = []
-    ensemble: Ensemble | None = None
-    with tempfile.TemporaryDirectory() as folder:
-        for task in tqdm(tasks, unit="task"):
-            result: dict[str, Any] = asdict(task)
-            try:
-                if "command" in task.options:
-                    result |= run_command(task.options["command"])
-                elif task.part == "sample":
-                    result |= sample_times(**task.options, device=device)
-                else:
-                    if ensemble is None:
-                        target, expert, anti = models or random_models(Path(folder))
-                        ensemble = load_ensemble(target, {"pair": ExpertPair(expert, anti)}, device=str(device))
-                    result |= step_time(ensemble, **task.options)
-            except Exception as error:
-                result["error"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            results.append(result)
-    return results
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts of the report")
+    parser.add_argument("--minutes", type=float, default=10.0, help="tasks that don't begin in that time are left out")
     parser.add_argument("--plan", action="store_true", help="print what would run, and stop")
     parser.add_argument(
         "--models",
@@ -412,11 +247,14 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("gpu.py: torch sees no CUDA device, nothing was run (--plan prints what would be)", file=sys.stderr)
         return 2
-    device = torch.device("cuda", torch.cuda.current_device())
-    about = describe(device)
-    results = run_tasks(tasks, tuple(args.models) if args.models else None, device)
-    args.out.with_suffix(".json").write_text(json.dumps({"about": about, "results": results}, indent=1))
-    args.out.with_suffix(".md").write_text(markdown(about, results))
+    about = describe(torch.device("cuda", torch.cuda.current_device()))
+
+    def save(results: list[dict[str, Any]]) -> None:
+        args.out.with_suffix(".json").write_text(json.dumps({"about": about, "results": results}, indent=1))
+        args.out.with_suffix(".md").write_text(markdown(about, results))
+
+    timer = Timer(time_tasks, tuple(args.models) if args.models else None)
+    results = run_tasks(tasks, timer, 60 * args.minutes, save)
     print(f"{args.out.with_suffix('.md')} and {args.out.with_suffix('.json')} are written")
     failed = any(r.get("passed") is False or "error" in r for r in results)
     return 1 if failed else 0

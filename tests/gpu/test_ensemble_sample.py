@@ -1,8 +1,13 @@
-"""``ensemble_sample`` and ``combine`` on a GPU, held to the reference on the CPU over SAMPLING.md's grid."""
+"""``ensemble_sample`` and ``combine`` on a GPU, held to the reference on the CPU over the sampling contract's grid.
+
+Triton compiles a kernel for each number of pairs, nucleus, type and vocabulary, so its forms run for two kinds of pairs in ten
+at each vocabulary and type; all of them with ``ENSEMBLE_DECODE_FULL_GRID=1``.
+"""
 
 from __future__ import annotations
 
 import itertools
+import os
 from dataclasses import fields
 from typing import Any
 
@@ -13,6 +18,8 @@ from ensemble_decode import ops
 from ensemble_decode.ops import EnsembleSample, reference
 from tests.ops.sampling_cases import Case, Judge, make_case
 
+FULL = os.environ.get("ENSEMBLE_DECODE_FULL_GRID") == "1"
+VOCABULARIES = [1, 3, 7, 1023, 4096, 4097, 32000, 50257, 128256]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 #: (pairs, whether the expert holds differences)
 PAIRS = [(0, False), (1, False), (1, True), (2, False), (3, False)]
@@ -72,7 +79,7 @@ def operators(case: Case, device: torch.device) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize("vocab", [1, 3, 7, 1023, 4096, 4097, 32000, 50257, 128256])
+@pytest.mark.parametrize("vocab", VOCABULARIES)
 def test_parity(vocab: int, dtype: torch.dtype, device: torch.device) -> None:
     judge = Judge()
     rows = 24 if vocab < 10000 else 4
@@ -89,8 +96,10 @@ def test_parity(vocab: int, dtype: torch.dtype, device: torch.device) -> None:
             seed=vocab + number,
         )
         there = on(case, device)
-        for operator in operators(there, device).values():
-            judge.check(case, back(there.run(operator)))
+        compile_all = FULL or number % 5 == (VOCABULARIES.index(vocab) + DTYPES.index(dtype)) % 5
+        for name, operator in operators(there, device).items():
+            if compile_all or name == "CUDA C++":
+                judge.check(case, back(there.run(operator)))
     print(f"ensemble_sample on {torch.cuda.get_device_name(device)}: {judge.flips} flips in {judge.rows} rows")
     assert judge.flips <= 1 + judge.rows // 1000
 
