@@ -4,7 +4,7 @@
     python benchmarks/gpu_budget.py --vocab 50257 128256 --dtype bfloat16 float32 --json budget.json
 
 Each kernel is compiled (Triton; CUDA C++ where nvcc is found) and its PTX executed on the CPU for one row like a language
-model's, with one pair and top-p 0.9. Bytes: whole 32-byte sectors that warps ask of global memory. Instructions: what warps
+model's, with one pair and top-p 0.9 (--top-p). Bytes: whole 32-byte sectors that warps ask of global memory. Instructions: what warps
 execute in PTX, times the ratio of the kernel's machine instructions to its PTX instructions. Times per row assume a full
 chip: bytes at 3.35 TB/s, instructions at 132 multiprocessors × 4 schedulers × 1.7 GHz, one each; the larger of the two is
 a lower bound of what a row costs in a large batch. Latencies, caches, barriers and half-empty chips are in none of it.
@@ -25,14 +25,14 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 BYTES_A_SECOND = 3.35e12
 ISSUES_A_SECOND = 132 * 4 * 1.7e9
-ROW = (0.9, 0, 0.0, 1.0)  # top_p, top_k, min_p, temperature
 
 
-def _case(vocab: int, dtype: torch.dtype) -> Any:
+def _case(vocab: int, dtype: torch.dtype, top_p: float) -> Any:
     """One row of Zipf-like logits (the second shape of the tests' rows) with one pair that is on."""
     from tests.ops.sampling_cases import make_case
 
-    case = make_case(vocab, [ROW] * 2, pairs=1, dtype=dtype, padding=-vocab % 16, seed=1).rows(torch.tensor([1]))
+    row = (top_p, 0, 0.0, 1.0)  # no top-k, no min-p, temperature 1
+    case = make_case(vocab, [row] * 2, pairs=1, dtype=dtype, padding=-vocab % 16, seed=1).rows(torch.tensor([1]))
     case.alpha = torch.ones(1, 1)
     # Indexing dropped the rows' padding; put it back, as models' own vocabularies are padded.
     for name in ("target", "expert", "anti_expert"):
@@ -113,6 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocab", type=int, nargs="+", default=[50257])
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--top-p", type=float, default=0.9)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     sys.path.insert(0, str(ROOT))
@@ -124,14 +125,15 @@ def main() -> None:
 
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
-    print("Computed from compiled code, not measured: one row, one pair, top-p 0.9, against an H100's roofline.\n")
+    what = f"one row, one pair, top-p {options.top_p}, against an H100's roofline"
+    print(f"Computed from compiled code, not measured: {what}.\n")
     print(
         "| kernel | | V, dtype | registers, spills | shared KB | warps/SM | KiB | reads of logits | 10³ warp instr. | ns of bytes | ns of instr. |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for vocab in options.vocab:
         for dtype in options.dtype:
-            case = _case(vocab, getattr(torch, dtype))
+            case = _case(vocab, getattr(torch, dtype), options.top_p)
             jobs: list[Any] = [(triton_rows, 90, True), (triton_rows, 90, False), (triton_rows, 80, False)]
             if cuda_sample.has_nvcc():
                 jobs += [(cuda_rows, 90, "cluster"), (cuda_rows, 80, "two launches")]
