@@ -25,6 +25,14 @@ def test_the_example_says_what_the_operator_says(tmp_path: Path) -> None:
     command = ["make", "-s", "-C", str(EXAMPLE), "run", f"BUILD={tmp_path}", "OPT=-O0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
+    if shutil.which("nvcc") is not None:  # the same with the CUDA version in it, for one architecture
+        (tmp_path / "embed").unlink()
+        with_cuda = subprocess.run(
+            [*command, "CUDA=1", "CODES=-arch=sm_90"], capture_output=True, text=True, timeout=300
+        )
+        assert with_cuda.returncode == 0, with_cuda.stderr[-2000:]
+        assert with_cuda.stdout.startswith(done.stdout)
+        assert re.search(r"^cuda (there is no GPU here|row 1 token -?\d+)$", with_cuda.stdout, re.M)
     rows = re.findall(r"cpu  row \d token (-?\d+) logprob (\S+) target_logprob (\S+)", done.stdout)
     i = torch.arange(2 * 50257).view(2, -1)
     z, plus, minus = (((x * 2654435761 & 0xFFFFFFFF) >> 16).float() / 8192 for x in (i, 3 * i + 1, 5 * i + 2))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ensemble_decode.kernels.philox import philox4x32_10
+from ensemble_decode.kernels.philox import gumbel_noise, gumbel_of_word, philox4x32_10
 
 
 @triton.jit
@@ -117,3 +117,22 @@ def philox_words(counter_and_key, out):
     tl.store(out + 1, w1.to(tl.int64))
     tl.store(out + 2, w2.to(tl.int64))
     tl.store(out + 3, w3.to(tl.int64))
+
+
+@triton.jit
+def noise_of_a_row(out, seed, position, BLOCK: tl.constexpr):
+    tl.store(out + tl.arange(0, BLOCK), gumbel_noise(seed, position, 0, BLOCK))
+
+
+@triton.jit
+def noise_of_words(words, out, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(out + i, gumbel_of_word(tl.load(words + i).to(tl.uint32)))
+
+
+@triton.jit
+def noise_of_quads(out, seed, position, ROWS: tl.constexpr):
+    """Rows of four tokens, each with a seed and a position of its own."""
+    row = tl.arange(0, ROWS)
+    noise = gumbel_noise(tl.load(seed + row), tl.load(position + row), 0, 4 * ROWS)
+    tl.store(out + tl.arange(0, 4 * ROWS), noise)

@@ -170,6 +170,31 @@ def test_it_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_library
+def test_pytorch_finds_combine_whole() -> None:
+    """As the sampler: ``opcheck``, one graph, export, on a stand-in with values; its launch on fake CUDA tensors."""
+    case = make_case(1003, ROWS, pairs=2)
+    assert case.alpha is not None
+
+    class Step(torch.nn.Module):
+        def forward(self, target: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+            return ops.combine(target, *others).argmax(-1)  # type: ignore[arg-type]
+
+    arguments = (*case.logits, case.alpha)
+    expected = reference.combine(*arguments).argmax(-1)
+    with standing_in() as seen:
+        torch.library.opcheck(torch.ops.ensemble_decode.combine_out.default, (*arguments, torch.zeros(4, 1003)))
+        torch._dynamo.reset()
+        assert torch.equal(torch.compile(Step(), fullgraph=True, backend="aot_eager")(*arguments), expected)
+        assert torch.equal(torch.export.export(Step(), arguments).module()(*arguments), expected)
+        assert seen["combine_kernel"] > 2
+    combine = library.cuda_implementations["combine_out"].__wrapped__  # type: ignore[attr-defined]  # no device to guard
+    with planned() as launches, FakeTensorMode():
+        logits, pair = torch.empty(7, 50257, device="cuda"), torch.empty(1, 7, 50257, device="cuda")
+        combine(logits, pair, pair, torch.empty(7, 1, device="cuda"), torch.empty(7, 50257, device="cuda"))
+    assert [(launch.name, launch.grid) for launch in launches] == [("combine_kernel", (7, 50))]
+
+
+@needs_library
 def test_a_parameter_on_another_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CHOICE, "triton")
     monkeypatch.setattr(library, "capability", lambda tensor: (8, 0))
