@@ -35,7 +35,7 @@ def test_a_mask_at_an_odd_length_is_seen_to_cost_the_width() -> None:
 def test_spills_are_seen(arch: int | str) -> None:
     small, large = (
         resources(compile_for(kernels.many_values, arch, {"x": "*fp32", "out": "*fp32"}, {"BLOCK": block}, num_warps=1))
-        for block in (512, 32768)
+        for block in (512, 16384 if isinstance(arch, int) else 32768)  # of NVIDIA's 255 registers, or AMD's 512
     )
     assert small.spill_bytes == 0
     assert large.spill_bytes > 0

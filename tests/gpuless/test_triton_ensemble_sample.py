@@ -68,6 +68,8 @@ def test_parity(vocab: int, dtype: torch.dtype, one_launch: bool, judge: Judge) 
     """Sampled from the product of top-p, top-k, min-p, temperature, pairs, padding and nucleus; or all of it."""
     top_k = sorted({0, 1, 2, 50, vocab - 1, vocab})
     grid = list(itertools.product(TOP_P, top_k, [0.0, 0.02, 0.3], [1.0, 0.7, 2.0, 0.0]))
+    if not FULL and vocab > 4097:  # what one program does alone, over the whole row and slowly, is met at 4096
+        grid = [g for g in grid if g[0] > 0.01 and (g[0] == 1.0 or g[1] in (0, vocab))]
     parameters = endless(grid, seed=vocab + DTYPES.index(dtype))
     kinds = list(itertools.product(PAIRS, ("combined", "target")))
     rows = len(grid) if FULL and vocab <= 4097 else 24 if FULL else 4 if vocab <= 4097 else 1
