@@ -40,6 +40,7 @@ __device__ inline uint32_t ordered(float x) {
 __device__ inline float from_ordered(uint32_t key) {
   return as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
 }
+__device__ inline float next_above(float x) { return from_ordered(ordered(x) + 1); }
 
 // A token and its key in one number: the largest is the largest key, and of equal keys the lowest token. 0 is no token.
 __device__ inline uint64_t candidate(float key, uint32_t token) {
@@ -69,7 +70,7 @@ struct MergeSums {
   }
 };
 
-// The tokens above a bound: what they weigh, and how many there are.
+// Tokens from a bound on: what they weigh, and how many there are.
 struct Tally {
   float mass;
   uint32_t count;
@@ -99,20 +100,20 @@ __device__ inline float one_of(const float (&x)[4], uint32_t i) {
   return i & 2 ? high : low;
 }
 
-// Weight and number of the team's tokens above `bound`.
+// Weight and number of the team's tokens with f >= least.
 template <typename Team>
-__device__ inline Tally tally(Team& team, const Slice& slice, float max, float bound) {
+__device__ inline Tally tally(Team& team, const Slice& slice, float max, float least) {
   Tally own = {0.0f, 0};
 #pragma unroll 1
   for (int quad = static_cast<int>(threadIdx.x); 4 * quad < slice.count; quad += kThreads) {
     float f[4];
     load_quad(slice.filter, quad, f);
-    if (!(fmaxf(fmaxf(f[0], f[1]), fmaxf(f[2], f[3])) > bound)) continue;
+    if (!(fmaxf(fmaxf(f[0], f[1]), fmaxf(f[2], f[3])) >= least)) continue;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      bool above = f[i] > bound;
-      own.mass = __fadd_rn(own.mass, above ? weight_of(__fsub_rn(f[i], max)) : 0.0f);
-      own.count += above;
+      bool counts = f[i] >= least;
+      own.mass = __fadd_rn(own.mass, counts ? weight_of(__fsub_rn(f[i], max)) : 0.0f);
+      own.count += counts;
     }
   }
   return team.all(own, AddTallies());
@@ -272,7 +273,7 @@ __device__ inline int choose(Team& team, TeamMemory& memory, const SampleArgs& a
     // Top-p looks at what top-k left. With top-k alone, counting what lies above a candidate is enough.
     float kth = kth_largest(team, memory, slice, static_cast<uint32_t>(k));
     window.least = fmaxf(window.least, kth);
-    mass = tally(team, slice, total.max, kth > ED_NONE ? from_ordered(ordered(kth) - 1) : kth).mass;  // and equals
+    mass = tally(team, slice, total.max, kth).mass;
     use_k = false;
   } else if (use_p) {
     // All tokens with e^(f - max) <= (1 - p) Z / V together weigh at most (1 - p) Z, so none of them is kept.
@@ -286,7 +287,7 @@ __device__ inline int choose(Team& team, TeamMemory& memory, const SampleArgs& a
     int token = static_cast<int>(token_of(best));
     float own = team.at(slice.filter, token);
     if (!(use_p || use_k) || own == total.max) return token;
-    Tally heavier = tally(team, slice, total.max, own);
+    Tally heavier = tally(team, slice, total.max, next_above(own));
     bool kept = (!use_p || heavier.mass < __fmul_rn(p, mass)) && (!use_k || heavier.count < static_cast<uint32_t>(k));
     if (kept) return token;
     window.above = own;  // what is kept lies above, and so does the best of it

@@ -133,9 +133,12 @@ def test_ties_and_noise_of_minus_infinity(programs: dict[str, Path], judge: Judg
     filters = [(1e-6, 0, 0.0, 1.0), (1.0, 1, 0.0, 1.0), (1.0, 0, 0.999, 1.0), (0.3, 2, 0.0, 1.0), (1.0, 0, 0.0, 0.0)]
     flat = make_case(300, filters)
     flat.target[:] = torch.tensor([0.0, -0.0]).repeat(150)
+    zeros = make_case(300, [(0.7, 5, 0.0, 1.0), (0.99, 5, 0.0, 1.0), (1.0, 3, 0.0, 1.0), (0.5, 0, 0.0, 1.0)] * 4)
+    zeros.target[:] = torch.tensor([0.0, -0.0, -1e-45]).repeat(100)  # the bound lies at zero, of either sign, or beside it
+    zeros.target[:, :2] = 1.0
     only = make_case(1, filters[:2])
     only.seed[:], only.position[:] = 16390493, 0  # its word rounds to u = 1
-    check(judge, programs["address"], [flat, only])
+    check(judge, programs["address"], [flat, zeros, only])
 
 
 def test_combined_logits_have_no_target_logprob(programs: dict[str, Path], judge: Judge) -> None:
@@ -217,6 +220,7 @@ PLANTED = {
         SAMPLE, "      waiting = from;\n      __syncwarp();", "      waiting = from;", "thread"),
     "warps share a queue": (SAMPLE, "threadIdx.x / 32 * (kBins / kWarps)", "0", "thread"),
     "what is left in the queue is forgotten": (SAMPLE, "base < quads || waiting > 0", "base < quads", "wrong"),
+    "a NaN among masked tokens is forgotten": (ROW, "(x.max, max))) : x.sum", "(x.max, max))) : 0.0f", "wrong"),
     "lanes that repeat count twice": (SAMPLE, "threadIdx.x % 32 < Lanes ? x.count : 0", "x.count", "wrong"),
     "noise of another position": (SAMPLE, "noise_key(*seed, *position)", "noise_key(*seed, *position + 1)", "wrong"),
 }  # fmt: skip
@@ -263,7 +267,9 @@ def test_planted_bugs_are_found(name: str, planted: dict[str, Future]) -> None:
         assert masked.expert is not None
         masked.alpha, masked.expert[0, 0, 5] = torch.ones(1, 1), math.inf
         flat.alpha = torch.zeros(1, 1)
-        cases = [case, make_case(1003, [(1.0, 0, 0.0, 1.0), (1.0, 40, 0.0, 1.0)] * 3, pairs=1), flat, masked]
+        unseen = make_case(1003, [(1.0, 0, 0.0, 0.0)])
+        unseen.target[:, 2:], unseen.target[:, 900] = -math.inf, math.nan
+        cases = [case, make_case(1003, [(1.0, 0, 0.0, 1.0), (1.0, 40, 0.0, 1.0)] * 3, pairs=1), flat, masked, unseen]
     done = launch(program, [pack(c, misaligned=0 if finder == "wrong" else 12) for c in cases])
     if finder == "wrong":
         if done.returncode == 0:
