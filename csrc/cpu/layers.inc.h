@@ -29,6 +29,8 @@ struct Carver {
 #include "rms_norm.inc.h"
 #include "paged_attention.inc.h"
 #include "decoder_layer.inc.h"
+#include "noise.inc.h"
+#include "ensemble_sample_visit.inc.h"
 #include "ensemble_sample.inc.h"
 
 // Each operator for the element type that its arguments name.

@@ -36,6 +36,11 @@ static inline void store(float16* p, V16 v) {
 }
 // x * 2^n for integral n in [-252, 254].
 static inline V16 scale_by_power_of_2(V16 x, V16 n) { return {_mm512_scalef_ps(x.a, n.a)}; }
+// x * 2^n, where `n` is the lowest bits of t; neither x nor the result may be subnormal.
+static inline V16 add_to_exponent(V16 x, V16 t) {
+  __m512i n = _mm512_slli_epi32(_mm512_castps_si512(t.a), 23);
+  return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x.a), n))};
+}
 // Lanes below n keep their value, the others become `fill`.
 static inline V16 keep_below(V16 x, int n, V16 fill) {
   __mmask16 m = n >= 16 ? 0xffff : static_cast<__mmask16>((1u << n) - 1);
@@ -46,6 +51,16 @@ static inline unsigned mask_le(V16 x, V16 y) { return _mm512_cmp_ps_mask(x.a, y.
 // Lane by lane x > y ? a : b.
 static inline V16 where_greater(V16 x, V16 y, V16 a, V16 b) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.a, y.a, _CMP_GT_OQ), b.a, a.a)};
+}
+// The lanes of x whose bit is set, in their order; sixteen numbers are written at most.
+static inline void store_chosen(float* p, V16 x, unsigned mask) {
+  _mm512_storeu_ps(p, _mm512_maskz_compress_ps(static_cast<__mmask16>(mask), x.a));
+}
+// first + i for each bit i that is set, in their order; sixteen numbers are written at most.
+static inline void store_ids(int32_t* p, int32_t first, unsigned mask) {
+  __m512i ids = _mm512_add_epi32(_mm512_set1_epi32(first),
+                                 _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+  _mm512_storeu_si512(p, _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), ids));
 }
 // Lanes of x, but -inf where z is.
 static inline V16 masked_by(V16 x, V16 z) {
@@ -115,6 +130,11 @@ static inline __m256 scale8(__m256 x, __m256 n) {
 }
 // x * 2^n for integral n in [-252, 254].
 static inline V16 scale_by_power_of_2(V16 x, V16 n) { return {scale8(x.a, n.a), scale8(x.b, n.b)}; }
+static inline __m256 add_to_exponent(__m256 x, __m256 t) {
+  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), _mm256_slli_epi32(_mm256_castps_si256(t), 23)));
+}
+// x * 2^n, where `n` is the lowest bits of t; neither x nor the result may be subnormal.
+static inline V16 add_to_exponent(V16 x, V16 t) { return {add_to_exponent(x.a, t.a), add_to_exponent(x.b, t.b)}; }
 // Lanes below n keep their value, the others become `fill`.
 static inline V16 keep_below(V16 x, int n, V16 fill) {
   __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
@@ -132,6 +152,33 @@ static inline unsigned mask_le(V16 x, V16 y) {
 static inline V16 where_greater(V16 x, V16 y, V16 a, V16 b) {
   return {_mm256_blendv_ps(b.a, a.a, _mm256_cmp_ps(x.a, y.a, _CMP_GT_OQ)),
           _mm256_blendv_ps(b.b, a.b, _mm256_cmp_ps(x.b, y.b, _CMP_GT_OQ))};
+}
+// Where the chosen of eight lanes lie, a byte each.
+struct Chosen {
+  uint64_t lanes[256];
+  constexpr Chosen() : lanes() {
+    for (unsigned mask = 0; mask < 256; mask++)
+      for (unsigned i = 0, count = 0; i < 8; i++)
+        if (mask >> i & 1) lanes[mask] |= static_cast<uint64_t>(i) << (8 * count++);
+  }
+};
+static constexpr Chosen kChosen;
+static inline __m256i chosen_lanes(unsigned mask) {
+  return _mm256_cvtepu8_epi32(_mm_loadu_si64(&kChosen.lanes[mask]));
+}
+// The lanes of x whose bit is set, in their order; sixteen numbers are written at most.
+static inline void store_chosen(float* p, V16 x, unsigned mask) {
+  unsigned low = mask & 255;
+  _mm256_storeu_ps(p, _mm256_permutevar8x32_ps(x.a, chosen_lanes(low)));
+  _mm256_storeu_ps(p + __builtin_popcount(low), _mm256_permutevar8x32_ps(x.b, chosen_lanes(mask >> 8)));
+}
+// first + i for each bit i that is set, in their order; sixteen numbers are written at most.
+static inline void store_ids(int32_t* p, int32_t first, unsigned mask) {
+  unsigned low = mask & 255;
+  __m256i lo = _mm256_add_epi32(chosen_lanes(low), _mm256_set1_epi32(first));
+  __m256i hi = _mm256_add_epi32(chosen_lanes(mask >> 8), _mm256_set1_epi32(first + 8));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), lo);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + __builtin_popcount(low)), hi);
 }
 static inline __m256 finite_or_zero(__m256 x) {
   __m256 magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x);
@@ -215,6 +262,8 @@ static inline V16 scale_by_power_of_2(V16 x, V16 n) {
   }
   return r;
 }
+// x * 2^n, where `n` is the lowest bits of t; neither x nor the result may be subnormal.
+static inline V16 add_to_exponent(V16 x, V16 t) { EACH_LANE(from_bits(to_bits(x.f[i]) + (to_bits(t.f[i]) << 23))); }
 // Lanes below n keep their value, the others become `fill`.
 static inline V16 keep_below(V16 x, int n, V16 fill) { EACH_LANE(i < n ? x.f[i] : fill.f[i]); }
 // Bit i: lane i of x is at most that of y (false where either is NaN).
@@ -222,6 +271,14 @@ static inline unsigned mask_le(V16 x, V16 y) {
   unsigned mask = 0;
   for (int i = 0; i < 16; i++) mask |= static_cast<unsigned>(x.f[i] <= y.f[i]) << i;
   return mask;
+}
+// The lanes of x whose bit is set, in their order.
+static inline void store_chosen(float* p, V16 x, unsigned mask) {
+  for (; mask; mask &= mask - 1) *p++ = x.f[__builtin_ctz(mask)];
+}
+// first + i for each bit i that is set, in their order.
+static inline void store_ids(int32_t* p, int32_t first, unsigned mask) {
+  for (; mask; mask &= mask - 1) *p++ = first + __builtin_ctz(mask);
 }
 // Lanes of x, but -inf where z is.
 static inline V16 masked_by(V16 x, V16 z) { EACH_LANE(z.f[i] == -__builtin_inff() ? z.f[i] : x.f[i]); }
@@ -306,18 +363,18 @@ static inline V16 exp(V16 x) {
   return scale_by_power_of_2(fma(p, r * r, r) + set1(1.0f), n);
 }
 
-// 2^x for x <= 0 to 2e-7, with the polynomial of Cephes' exp2f; below 2^-126 it is 2^-126, which is nothing in a sum of
-// weights whose largest is 1. Half as many instructions as exp.
+// 2^x for x <= 0 to 2e-7, by a polynomial of degree 5 that was fitted for the smallest relative error and is 1 at 0;
+// below 2^-126 it is about 2^-126, which is nothing in a sum of weights whose largest is 1. Half as many instructions
+// as exp: adding 1.5 * 2^23 rounds to an integer and leaves it in the lowest bits, whence it is added to the exponent.
 static inline V16 power_of_2_at_most_1(V16 x) {
   V16 bounded = max(x, set1(-126.0f));
-  V16 n = round_to_integer(bounded), f = bounded - n;
-  V16 p = set1(1.535336188319500e-4f);
-  p = fma(p, f, set1(1.339887440266574e-3f));
-  p = fma(p, f, set1(9.618437357674640e-3f));
-  p = fma(p, f, set1(5.550332471162809e-2f));
-  p = fma(p, f, set1(2.402264791363012e-1f));
-  p = fma(p, f, set1(6.931472028550421e-1f));
-  return scale_by_power_of_2(fma(p, f, set1(1.0f)), n);
+  V16 shifted = bounded + set1(0x1.8p23f), f = bounded - (shifted - set1(0x1.8p23f));
+  V16 p = set1(1.326472731307149e-3f);
+  p = fma(p, f, set1(9.671512991189957e-3f));
+  p = fma(p, f, set1(5.550733581185341e-2f));
+  p = fma(p, f, set1(2.402224242687225e-1f));
+  p = fma(p, f, set1(6.931470036506653e-1f));
+  return add_to_exponent(fma(p, f, set1(1.0f)), shifted);
 }
 
 // How the products of linears and attention scores go. A step takes kPer consecutive k of sixteen columns, in kParts

@@ -366,6 +366,35 @@ def test_a_correction_that_overflows_makes_the_row_invalid_not_the_others(judge:
     assert (got.token >= 0).tolist() == [False, True, False, True]
 
 
+def test_scores_that_the_temperature_makes_equal_are_ties(judge: Judge) -> None:
+    """Neighbouring float32 logits: some quotients by 1.01 are equal, and no filter may tell those tokens apart."""
+    z = 1.5 + torch.arange(700) * 2.0**-23
+    quotients = z / 1.01
+    z = z[: int((quotients[1:] == quotients[:-1]).nonzero().max()) + 2]  # the two largest become equal
+    rows = list(
+        itertools.product([1.0, 0.5, 1e-6], [0, 1, 5, 600], [0.0, 0.9999999], [1.01, 1.3, 0.97, 1e-3, 3e37, 1e-30])
+    )
+    case = make_case(len(z), rows)
+    case.target = z[torch.randperm(len(z), generator=torch.Generator().manual_seed(2))].expand(len(rows), -1)
+    judge.check(case, case.run(ops.ensemble_sample))
+    scores = case.scores[0][0]  # at temperature 1.01
+    best = (scores == scores.max()).nonzero().flatten()
+    assert len(best) > 1
+    drawn = draw(case.target[0], 200, temperature=1.01, top_k=1)
+    assert (drawn[best] > 0).all()
+    assert drawn.sum() == drawn[best].sum()
+
+
+@pytest.mark.parametrize("nucleus", ["combined", "target"])
+def test_a_masked_token_changes_no_bit_of_the_rest(nucleus: str) -> None:
+    """A block with a number that is not finite is read another way, and so are those after it: to the same bits."""
+    case = make_case(2000, INVARIANCE, pairs=1, nucleus=nucleus)
+    case.target[:, 300] = -1e30
+    plain = case.run(ops.ensemble_sample)
+    case.target[:, 300] = -math.inf
+    assert same(case.run(ops.ensemble_sample), plain)
+
+
 # ── properties ──────────────────────────────────────────────────────────────────────────────────────────────────────
 values = st.one_of(
     st.sampled_from([0.0, 1.0, -1.0, -math.inf, math.inf, math.nan]),
