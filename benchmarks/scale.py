@@ -2,8 +2,9 @@
 
     python benchmarks/scale.py --json scale.json
 
-A step is one token for every row, at the given context. Memory is the process's resident set at that point, and the
-bytes of the KV blocks in use.
+A step is one token for every row, at the given context. Its time doesn't depend on what the KV cache holds, so the
+prompts are not computed: their blocks are filled with random numbers. Memory is the bytes of the KV blocks in use, and the
+process's resident set at that point. What needs more than ``--kv-gib`` of cache is left out, with the bytes that it needs.
 """
 
 from __future__ import annotations
@@ -11,32 +12,53 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
+import torch
 
 from ensemble_decode import LLM, ExpertPair, SamplingParams
 from ensemble_decode.benchmarking import prompts
+from ensemble_decode.engine.batch import Batch, StepOutput
 from ensemble_decode.models.smollm2 import smollm2_path
+from ensemble_decode.ops.paged_attention import BLOCK_SIZE
 
 PAIR = Path(__file__).parent.parent / "ensemble_decode" / "data" / "pairs" / "gender"
 
 
-def prefill_steps(batch: int, context: int) -> int:
-    """Steps, at most, between the first row's first token and the last row's."""
-    return batch + batch * context // 256
+class Filler:
+    """Stands for the runner while prompts are read: fills their blocks with random numbers, and samples any token."""
+
+    def __init__(self, llm: LLM) -> None:
+        self.ensemble, self.timings = llm.ensemble, llm.runner.timings
+
+    def execute(self, batch: Batch) -> StepOutput:
+        for number, pool in enumerate(self.ensemble.pools):
+            group = self.ensemble.groups[pool.group]
+            blocks = {block for span in batch.spans if number in span.pools for block in span.block_table}
+            ids = torch.tensor(sorted(blocks), dtype=torch.int64) + pool.index * group.blocks_per_pool
+            for cache in (*group.k_cache, *group.v_cache):
+                cache[ids] = torch.randn(cache.shape[1:]).to(cache.dtype)
+        return StepOutput([0] * len(batch.samples), [None] * len(batch.samples))
+
+
+def tokens_needed(batch: int, context: int, steps: int) -> int:
+    """Tokens of KV cache, at most: the rows that are ready decode while the others are read."""
+    return batch * (-(-(context + steps + 3 + batch) // BLOCK_SIZE) + 1) * BLOCK_SIZE
 
 
 def step_times(llm: LLM, batch: int, context: int, alpha: float, steps: int) -> tuple[list[float], int]:
     """Seconds of ``steps`` decode steps at ``context`` tokens of context, and the KV blocks in use."""
-    # The first rows decode while the last are prefilled: none may end before the timed steps.
-    params = SamplingParams(
-        alpha=alpha, top_p=0.9, seed=1, max_tokens=steps + 3 + prefill_steps(batch, context), ignore_eos=True
-    )
+    params = SamplingParams(alpha=alpha, top_p=0.9, seed=1, max_tokens=steps + 3 + batch, ignore_eos=True)
     requests = [llm.engine.add_request(p, params) for p in prompts(batch, context - 2, 49000)]
+    llm.engine.runner = Filler(llm)
     while any(not request.sequences[0].output for request in requests):
         llm.engine.step(stream=False)
+    llm.engine.runner = llm.runner
     llm.engine.step(stream=False)
     times = []
     for _ in range(steps):
@@ -44,9 +66,47 @@ def step_times(llm: LLM, batch: int, context: int, alpha: float, steps: int) -> 
         llm.engine.step(stream=False)
         times.append(time.perf_counter() - start)
     used = llm.runner.num_blocks - llm.engine.blocks.num_free
+    assert not any(request.metrics.preemptions for request in requests)
     for request in requests:
         llm.engine.abort(request.request_id)
     return times, used
+
+
+@dataclass
+class Cell:
+    """What was measured of one batch and context, with a pair or without."""
+
+    kv_mb: float
+    step_ms: float | None = None  # None: the cache would be too large
+    resident_mb: float | None = None
+
+    @property
+    def step(self) -> str:
+        return "–" if self.step_ms is None else f"{self.step_ms:.1f}"
+
+
+def measure(settings: list[tuple[int, int]], steered: bool, args: argparse.Namespace) -> list[Cell]:
+    """The cells of one column of the table, in a cache as large as the largest of them."""
+    pairs = {"gender": ExpertPair(PAIR / "expert", PAIR / "anti_expert")} if steered else {}
+    options: dict[str, Any] = {"dtype": args.dtype, "max_model_len": 8192, "max_num_seqs": max(args.batch)}
+    per_token = (
+        LLM(str(smollm2_path()), pairs, kv_cache_bytes=1 << 24, **options).ensemble.bytes_per_block // BLOCK_SIZE
+    )
+    sizes = [tokens_needed(batch, context, args.steps) * per_token for batch, context in settings]
+    largest = max((size for size in sizes if size <= args.kv_gib * 2**30), default=0)
+    if not largest:
+        raise SystemExit(f"--kv-gib is {args.kv_gib}, allowed is {min(sizes) / 2**30:.3f} or more")
+    llm = LLM(str(smollm2_path()), pairs, kv_cache_bytes=largest, enable_prefix_caching=False, **options)
+    cells = []
+    for (batch, context), size in zip(settings, sizes, strict=True):
+        if size > largest:
+            cells.append(Cell(size / 1e6))
+            continue
+        times, used = step_times(llm, batch, context, float(steered), args.steps)
+        kv, resident = used * llm.ensemble.bytes_per_block / 1e6, psutil.Process().memory_info().rss / 1e6
+        cells.append(Cell(kv, statistics.median(times) * 1e3, resident))
+        print(f"{'steered' if steered else 'target'} {batch} × {context}: {cells[-1].step} ms", file=sys.stderr)
+    return cells
 
 
 def main() -> None:
@@ -55,57 +115,27 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--context", type=int, nargs="+", default=[128, 1024, 4096])
     parser.add_argument("--steps", type=int, default=9)
-    parser.add_argument(
-        "--most-tokens", type=int, default=65536, help="skip batch × context above this (default 65536)"
-    )
+    parser.add_argument("--kv-gib", type=float, default=6.5, help="largest KV cache to allocate (default 6.5)")
     parser.add_argument("--json")
     args = parser.parse_args()
-    pair = ExpertPair(PAIR / "expert", PAIR / "anti_expert")
-    settings = [(b, c) for b in args.batch for c in args.context]
-    sizes = [b * (c + args.steps + 16 + prefill_steps(b, c)) for b, c in settings if b * c <= args.most_tokens]
-    if not sizes:
-        parser.error(f"--most-tokens is {args.most_tokens}, allowed is {min(b * c for b, c in settings)} or more")
-    needed = max(sizes)
-    llm = LLM(
-        str(smollm2_path()),
-        {"gender": pair},
-        dtype=args.dtype,
-        max_model_len=8192,
-        kv_cache_bytes=1 << 30,
-        max_num_seqs=64,
-    )
-    per_token = llm.ensemble.bytes_per_block // 16
-    blocks = llm.runner.num_blocks
-    if needed * per_token > 1 << 30:
-        del llm
-        llm = LLM(
-            str(smollm2_path()),
-            {"gender": pair},
-            dtype=args.dtype,
-            max_model_len=8192,
-            kv_cache_bytes=needed * per_token,
-            max_num_seqs=64,
-            enable_prefix_caching=False,
-        )
-        blocks = llm.runner.num_blocks
+    settings = [(batch, context) for batch in args.batch for context in args.context]
+    target, steered = measure(settings, False, args), measure(settings, True, args)
+    print(f"{args.dtype}, medians of {args.steps} steps\n")
     print(
-        f"{args.dtype}, {blocks} blocks of 16 tokens, {per_token / 1024:.0f} KiB of KV a token for all three members\n"
+        "| batch | context | target alone, ms | steered, ms | ratio | KV, MB: target | steered | resident, MB: target | steered |"
     )
-    print("| batch | context | target alone, ms | steered, ms | ratio | KV in use, MB | resident, MB |")
-    print("|---|---|---|---|---|---|---|")
-    rows = []
-    for batch, context in settings:
-        if batch * context > args.most_tokens:
-            print(f"| {batch} | {context} | – | – | – | – | – |", flush=True)
-            continue
-        plain, _ = step_times(llm, batch, context, 0.0, args.steps)
-        steered, used = step_times(llm, batch, context, 1.0, args.steps)
-        kv = used * llm.ensemble.bytes_per_block / 1e6
-        rss = psutil.Process().memory_info().rss / 1e6
-        a, b = statistics.median(plain) * 1e3, statistics.median(steered) * 1e3
-        print(f"| {batch} | {context} | {a:.1f} | {b:.1f} | {b / a:.2f} | {kv:.0f} | {rss:.0f} |", flush=True)
-        rows.append({"batch": batch, "context": context, "plain_ms": a, "steered_ms": b, "kv_mb": kv, "rss_mb": rss})
+    print("|---|---|---|---|---|---|---|---|---|")
+    for (batch, context), a, b in zip(settings, target, steered, strict=True):
+        ratio = f"{b.step_ms / a.step_ms:.2f}" if a.step_ms and b.step_ms else "–"
+        resident = [f"{cell.resident_mb:.0f}" if cell.resident_mb else "–" for cell in (a, b)]
+        print(
+            f"| {batch} | {context} | {a.step} | {b.step} | {ratio} | {a.kv_mb:.0f} | {b.kv_mb:.0f} | {' | '.join(resident)} |"
+        )
     if args.json:
+        rows = [
+            {"batch": batch, "context": context, "target": asdict(a), "steered": asdict(b)}
+            for (batch, context), a, b in zip(settings, target, steered, strict=True)
+        ]
         Path(args.json).write_text(json.dumps({"settings": vars(args), "rows": rows}, indent=1))
 
 
