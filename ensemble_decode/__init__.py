@@ -5,6 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ensemble_decode.engine.async_llm import AsyncLLM as AsyncLLM
+    from ensemble_decode.engine.beam_search import BeamSearchOutput as BeamSearchOutput
+    from ensemble_decode.engine.beam_search import BeamSearchParams as BeamSearchParams
+    from ensemble_decode.engine.beam_search import BeamSearchSequence as BeamSearchSequence
     from ensemble_decode.engine.llm import LLM as LLM
     from ensemble_decode.engine.outputs import CompletionOutput as CompletionOutput
     from ensemble_decode.engine.outputs import Logprob as Logprob
@@ -21,6 +24,9 @@ _HOMES = {
     "LLM": "engine.llm",
     "AsyncLLM": "engine.async_llm",
     "ExpertPair": "models.pairs",
+    "BeamSearchParams": "engine.beam_search",
+    "BeamSearchOutput": "engine.beam_search",
+    "BeamSearchSequence": "engine.beam_search",
     "SamplingParams": "engine.params",
     "RequestOutput": "engine.outputs",
     "CompletionOutput": "engine.outputs",
@@ -31,6 +37,9 @@ _HOMES = {
 __all__ = [
     "LLM",
     "AsyncLLM",
+    "BeamSearchOutput",
+    "BeamSearchParams",
+    "BeamSearchSequence",
     "CompletionOutput",
     "ExpertPair",
     "Logprob",
