@@ -51,6 +51,8 @@ class AsyncLLM:
     """
 
     def __init__(self, model: str | LLM | Engine, *args: Any, max_waiting: int = 1024, **options: Any) -> None:
+        if isinstance(max_waiting, bool) or not isinstance(max_waiting, int) or max_waiting < 1:
+            raise ValueError(f"max_waiting is {max_waiting!r}, allowed is 1 or more")
         if not isinstance(model, LLM | Engine):
             model = LLM(model, *args, **options)
         self.engine: Engine = model.engine if isinstance(model, LLM) else model

@@ -11,12 +11,13 @@ Three ways lead there, the cheapest that fits is taken:
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ensemble_decode.engine.batch import Steering
+from ensemble_decode.engine.device import Upload
 from ensemble_decode.models.ensemble import Ensemble
 from ensemble_decode.models.group import Group
 
@@ -35,7 +36,7 @@ class Combination:
     ``upload`` brings numbers to that device (see :class:`~ensemble_decode.engine.device.Device`).
     """
 
-    def __init__(self, ensemble: Ensemble, upload: Callable[..., torch.Tensor] = torch.tensor) -> None:
+    def __init__(self, ensemble: Ensemble, upload: Upload = torch.tensor) -> None:
         self.ensemble = ensemble
         self._upload = upload
         self.groups = ensemble.groups
@@ -58,7 +59,7 @@ class Combination:
         rows = [hidden.first[key] + offset for key, offset in zip(keys, offsets, strict=True)]
         if rows == list(range(rows[0], rows[0] + len(rows))):
             return states[rows[0] : rows[0] + len(rows)]
-        return states[self._upload(rows)]
+        return states[self._upload(rows, dtype=torch.int64)]
 
     def _sides(self, item: Steering, span: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """(span, pool) of a pair's two sides; a pair without an anti-expert has the target there."""
@@ -86,7 +87,7 @@ class Combination:
                 hidden, [self._sides(item, spans[row]) for row, item in steered], [offsets[r] for r in rows]
             )
             whole = len(rows) == len(spans)
-            h = h + alpha * change if whole else h.index_add(0, self._upload(rows), alpha * change)
+            h = h + alpha * change if whole else h.index_add(0, self._upload(rows, dtype=torch.int64), alpha * change)
         return h.to(dtype)
 
     def _difference(
@@ -113,7 +114,7 @@ class Combination:
             anti = torch.empty_like(expert)
         for place, pair in enumerate(used):
             items = [(row, item) for row, row_items in enumerate(steering) for item in row_items if item.pair == pair]
-            rows = self._upload([row for row, _ in items])
+            rows = self._upload([row for row, _ in items], dtype=torch.int64)
             alpha[rows, place] = self._upload([item.alpha for _, item in items], dtype=torch.float32)
             sides = [self._sides(item, spans[row]) for row, item in items]
             at = [offsets[row] for row, _ in items]

@@ -16,12 +16,21 @@ import torch
 from ensemble_decode.engine.plan import MAIN
 
 
+class Upload(Protocol):
+    """Numbers from the host (a sequence, or a NumPy array) as a tensor on the device, without waiting.
+
+    The type is always asked for: what it would be inferred from, an empty list or whole numbers where fractions are meant,
+    says nothing about what the numbers are for.
+    """
+
+    def __call__(self, data: Any, *, dtype: torch.dtype) -> torch.Tensor: ...
+
+
 class Device(Protocol):
     """What the runner asks of every device."""
 
-    def upload(self, data: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Numbers from the host (a sequence, or a NumPy array) as a tensor on the device, without waiting."""
-        ...
+    @property
+    def upload(self) -> Upload: ...
 
     def on(self, stream: int) -> AbstractContextManager[Any]:
         """Issue to ``stream`` what the block computes."""
@@ -68,8 +77,8 @@ class StreamDevice(Device, Protocol):
 class CpuDevice:
     """No streams, no graphs: only what the common path of the runner asks for."""
 
-    def upload(self, data: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return torch.from_numpy(data) if hasattr(data, "dtype") else torch.tensor(data, dtype=dtype)
+    def upload(self, data: Any, *, dtype: torch.dtype) -> torch.Tensor:
+        return torch.as_tensor(data, dtype=dtype)
 
     def on(self, stream: int) -> AbstractContextManager[None]:
         return nullcontext()
@@ -92,8 +101,8 @@ class CudaDevice:
             self._streams[number] = torch.cuda.Stream(self.device)
         return self._streams[number]
 
-    def upload(self, data: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
-        host = torch.from_numpy(data) if hasattr(data, "dtype") else torch.tensor(data, dtype=dtype)
+    def upload(self, data: Any, *, dtype: torch.dtype) -> torch.Tensor:
+        host = torch.as_tensor(data, dtype=dtype)
         # The allocator of pinned memory keeps the block until the copy is done.
         return host.pin_memory().to(self.device, non_blocking=True)
 

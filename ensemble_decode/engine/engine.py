@@ -99,9 +99,15 @@ class Engine:
         self.requests[request.request_id] = request
 
     def make_request(
-        self, prompt: Prompt, params: SamplingParams, request_id: str | None = None, *, score_only: bool = False
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        request_id: str | None = None,
+        *,
+        score_only: bool = False,
+        continued: list[int] | None = None,
     ) -> Request:
-        """Check a request, without queueing it."""
+        """Check a request, without queueing it. ``continued`` is what an earlier request made of the prompt: every view sees it."""
         if not isinstance(params, SamplingParams):
             raise ValueError(f"params is {params!r}, a SamplingParams is allowed")
         params.check(self.layout)
@@ -109,10 +115,16 @@ class Engine:
             raise ValueError(f"stop is {params.stop!r}, but the model folder has no tokenizer: use stop_token_ids")
         if request_id is None:
             request_id = next(name for number in self._ids if (name := f"request-{number}") not in self.requests)
+        if not isinstance(request_id, str):
+            raise ValueError(f"request_id is {request_id!r}, a string is allowed")
         if request_id in self.requests:
             raise ValueError(f"request_id {request_id!r} is in use")
         text, tokens, own_prompts = self._prompt(prompt)
         views, pairs = self._views(tokens, text, own_prompts, params)
+        if continued:
+            tokens = tokens + continued
+            for view in views:
+                view.tokens += continued
         if len(views) > 1 and (score_only or params.prompt_logprobs is not None):
             raise ValueError(
                 "prompt_logprobs and score need every model to see the same tokens, pairs of prompts do not"

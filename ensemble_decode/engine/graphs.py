@@ -109,8 +109,8 @@ class CapturedStep:
             self._rows[number] = Rows(
                 self.inputs[f"tokens {number}"],
                 self.inputs[f"positions {number}"],
-                device.upload(adapters, torch.int32) if max(of_member) >= 0 else None,
-                device.upload(range(count + 1), torch.int32),
+                device.upload(adapters, dtype=torch.int32) if max(of_member) >= 0 else None,
+                device.upload(range(count + 1), dtype=torch.int32),
                 self.inputs[f"context_len {number}"],
                 self.inputs[f"block_table {number}"],
                 None,

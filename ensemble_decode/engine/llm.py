@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
+from ensemble_decode.engine.beam_search import BeamSearchOutput, BeamSearchParams, beam_search
 from ensemble_decode.engine.engine import Engine, Prompt
 from ensemble_decode.engine.lanes import Placement
 from ensemble_decode.engine.outputs import RequestOutput, Score
@@ -31,7 +32,7 @@ class LLM:
 
     Parameters
     ----------
-    model : str
+    model : str or path
         Hub id or folder of safetensors, any causal LM with full attention that transformers knows.
     pairs : dict of str to ExpertPair or folder of ``ensemble-decode train``, optional
         What steers it, by name.
@@ -71,7 +72,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str,
+        model: str | PathLike[str],
         pairs: Mapping[str, ExpertPair | str | PathLike[str]] | None = None,
         *,
         dtype: str | torch.dtype = "auto",
@@ -85,6 +86,8 @@ class LLM:
         enable_prefix_caching: bool = True,
         placement: Placement = "auto",
     ) -> None:
+        if not isinstance(model, str | PathLike):
+            raise ValueError(f"model is {model!r}, a hub id or a folder is allowed")
         if speculation is not None and not isinstance(speculation, Speculation):
             raise ValueError(f"speculation is {speculation!r}, allowed are None and a Speculation")
         for name, value in (("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", max_num_batched_tokens)):
@@ -174,11 +177,53 @@ class LLM:
         if getattr(self.tokenizer, "chat_template", None) is None:
             raise ValueError("chat needs a tokenizer with a chat template, this model has none: use generate")
         assert self.tokenizer is not None
-        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
+        conversations: Any = [messages] if messages and isinstance(messages[0], dict) else messages
+        for index, conversation in enumerate(conversations):
+            if not isinstance(conversation, list) or not conversation or not all(map(_is_message, conversation)):
+                raise ValueError(
+                    f"chat: conversation {index} is {conversation!r}, a list of dicts with 'role' and 'content' is allowed"
+                )
         ids = [
             self.tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=False) for c in conversations
         ]
         return self.generate(ids, params, use_tqdm=use_tqdm)
+
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, *, use_tqdm: bool = True
+    ) -> list[BeamSearchOutput]:
+        """The most probable continuations of prompts under the ensemble, as far as a beam search finds them.
+
+        Parameters
+        ----------
+        prompts : str, list of int, dict, or a list of these
+            As in :meth:`generate`.
+        params : BeamSearchParams
+            For all prompts.
+        use_tqdm : bool
+            Show a progress bar.
+
+        Returns
+        -------
+        list of BeamSearchOutput
+            In the order of the prompts, each with up to ``beam_width`` sequences, best first. A prompt that fails while it
+            runs has an ``error`` and no sequences.
+
+        Raises
+        ------
+        ValueError
+            A prompt or parameter that can't be served; nothing has run then.
+
+        Examples
+        --------
+        >>> llm.beam_search("The nurse said that", BeamSearchParams(beam_width=4, max_tokens=12))  # doctest: +SKIP
+        """
+        return beam_search(
+            self.engine,
+            _as_list(prompts),
+            params,
+            lambda requests: self._finish(requests, "beam_search", False),
+            use_tqdm,
+        )
 
     def score(
         self, texts: Prompt | Sequence[Prompt], alpha: float | dict[str, float] | None = None, *, use_tqdm: bool = False
@@ -259,8 +304,10 @@ class LLM:
         return explain(self, prompt, params or SamplingParams(), top)
 
     def _run(self, work: list[tuple[Prompt, SamplingParams, bool]], verb: str, use_tqdm: bool) -> list[RequestOutput]:
+        return self._finish(self._requests(work, verb), verb, use_tqdm)
+
+    def _finish(self, requests: list[Request], verb: str, use_tqdm: bool) -> list[RequestOutput]:
         engine = self.engine
-        requests = self._requests(work, verb)
         done: dict[str, RequestOutput] = {}
         try:
             for request in requests:
@@ -305,6 +352,10 @@ def _free_memory() -> int:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     return 4 * _DEFAULT_KV_BYTES
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get("role"), str)
 
 
 def _as_list(prompts: Any) -> list[Prompt]:

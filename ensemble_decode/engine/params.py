@@ -82,46 +82,46 @@ class SamplingParams:
             for name, value in self.alpha.items():
                 if not isinstance(name, str):
                     raise ValueError(f"alpha names the pair {name!r}, a string is allowed")
-                _number(f"alpha[{name!r}]", value)
+                check_number(f"alpha[{name!r}]", value)
         elif self.alpha is not None:
-            _number("alpha", self.alpha)
-        _number("temperature", self.temperature, 0.0)
-        if not _FLOAT32_TINY <= _number("top_p", self.top_p) <= 1:
+            check_number("alpha", self.alpha)
+        check_number("temperature", self.temperature, 0.0)
+        if not _FLOAT32_TINY <= check_number("top_p", self.top_p) <= 1:
             raise ValueError(f"top_p is {self.top_p!r}, allowed is above 0, at most 1")
-        if not 0 <= _number("min_p", self.min_p) < 1:
+        if not 0 <= check_number("min_p", self.min_p) < 1:
             raise ValueError(f"min_p is {self.min_p!r}, allowed is at least 0, below 1")
-        _integer("top_k", self.top_k, -1)
+        check_integer("top_k", self.top_k, -1)
         if self.nucleus not in ("combined", "target"):
             raise ValueError(f"nucleus is {self.nucleus!r}, allowed are 'combined' and 'target'")
-        _integer("max_tokens", self.max_tokens, 1)
-        _integer("min_tokens", self.min_tokens, 0)
+        check_integer("max_tokens", self.max_tokens, 1)
+        check_integer("min_tokens", self.min_tokens, 0)
         if self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens is {self.min_tokens}, allowed is 0 … max_tokens ({self.max_tokens})")
-        _integer("n", self.n, 1, 1024)
+        check_integer("n", self.n, 1, 1024)
         if self.seed is not None:
-            _integer("seed", self.seed, -_INT64, 2 * _INT64 - 1)
+            check_integer("seed", self.seed, -_INT64, 2 * _INT64 - 1)
         stops = [self.stop] if isinstance(self.stop, str) else [] if self.stop is None else self.stop
         if not isinstance(stops, list | tuple) or not all(isinstance(s, str) and s for s in stops):
             raise ValueError(f"stop is {self.stop!r}, a string or a list of strings, none empty, is allowed")
         put(self, "stops", tuple(stops))
         for token in _listed("stop_token_ids", self.stop_token_ids):
-            _integer("stop_token_ids", token, 0)
+            check_integer("stop_token_ids", token, 0)
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}, allowed are True and False")
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), 0, 1000)
-        if _number("repetition_penalty", self.repetition_penalty) < _FLOAT32_TINY:
+                check_integer(name, getattr(self, name), 0, 1000)
+        if check_number("repetition_penalty", self.repetition_penalty) < _FLOAT32_TINY:
             raise ValueError(f"repetition_penalty is {self.repetition_penalty!r}, allowed is above 0 (1 is off)")
-        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        check_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        check_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, dict):
                 raise ValueError(f"logit_bias is {self.logit_bias!r}, a dict of token id to number is allowed")
             for token, value in self.logit_bias.items():
-                _integer("logit_bias", token, 0)
-                _number(f"logit_bias[{token}]", value)
+                check_integer("logit_bias", token, 0)
+                check_number(f"logit_bias[{token}]", value)
 
     def check(self, layout: Layout) -> None:
         """Hold what depends on the ensemble against it: pair names and token ids."""
@@ -170,7 +170,8 @@ def sample_seed(seed: int, index: int) -> int:
     return value - (1 << 64) if value >= _INT64 else value
 
 
-def _number(name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> float:
+def check_number(name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> float:
+    """Refuse what is not a finite number of float32 in these bounds."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{name} is {value!r}, a number is allowed")
     if not -_FLOAT32_MAX <= value <= _FLOAT32_MAX or not least <= value <= most:
@@ -183,7 +184,8 @@ def _number(name: str, value: Any, least: float = -math.inf, most: float = math.
     return value
 
 
-def _integer(name: str, value: Any, least: int, most: int | None = None) -> None:
+def check_integer(name: str, value: Any, least: int, most: int | None = None) -> None:
+    """Refuse what is not an integer in these bounds."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{name} is {value!r}, an integer is allowed")
     if value < least or (most is not None and value > most):

@@ -129,7 +129,7 @@ class Runner:
     def _execute(self, batch: Batch) -> StepOutput:
         start = time.perf_counter()
         if batch.copies:
-            source, destination = (self.device.upload(x) for x in zip(*batch.copies, strict=True))
+            source, destination = (self.device.upload(x, dtype=torch.int64) for x in zip(*batch.copies, strict=True))
             for group in self.groups:
                 group.copy_blocks(source, destination)
         if self.graphs is not None and (tokens := self.graphs.run(batch)) is not None:
@@ -210,7 +210,7 @@ class Runner:
                 torch.set_num_threads(threads)
             rows = [(span, offset) for span, listed in enumerate(targets) for offset in range(len(listed))]
             steering = [tuple(Steering(pair, 1.0, span, span) for pair in pairs) for span in range(len(spans))]
-            tokens = self.device.upload([token for listed in targets for token in listed])
+            tokens = self.device.upload([token for listed in targets for token in listed], dtype=torch.int64)
             found = []
             for start in range(0, len(rows), SCORE_ROWS):
                 at, offsets = (list(part) for part in zip(*rows[start : start + SCORE_ROWS], strict=True))
@@ -270,11 +270,11 @@ class Runner:
                 table[row, :used] += offset
         upload = self.device.upload
         return Rows(
-            upload(tokens),
-            upload(positions),
-            upload(adapters, torch.int32) if any(a >= 0 for a in adapters) else None,
-            upload(query_start, torch.int32),
-            upload(context_len, torch.int32),
-            upload(table),
-            None if all_outputs else upload(outputs, torch.int64),
+            upload(tokens, dtype=torch.int64),
+            upload(positions, dtype=torch.int64),
+            upload(adapters, dtype=torch.int32) if any(a >= 0 for a in adapters) else None,
+            upload(query_start, dtype=torch.int32),
+            upload(context_len, dtype=torch.int32),
+            upload(table, dtype=torch.int32),
+            None if all_outputs else upload(outputs, dtype=torch.int64),
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -11,6 +10,7 @@ import torch
 from ensemble_decode import ops
 from ensemble_decode.engine.batch import Edits, SampleRow, ScoreRow, Span, StepOutput, TokenLogprobs
 from ensemble_decode.engine.combination import Combination, Hidden
+from ensemble_decode.engine.device import Upload
 
 #: Rows of full logits kept at a time while scoring: V = 50,000 in float32 is 0.2 MB a row.
 SCORE_ROWS = 128
@@ -19,7 +19,7 @@ SCORE_ROWS = 128
 class Sampler:
     """Samples and scores the rows of a batch."""
 
-    def __init__(self, combination: Combination, upload: Callable[..., torch.Tensor] = torch.tensor) -> None:
+    def __init__(self, combination: Combination, upload: Upload = torch.tensor) -> None:
         self.combination = combination
         self._upload = upload
         self.ensemble = combination.ensemble
@@ -101,7 +101,7 @@ class Sampler:
             output.tokens[index] = tokens[place]
         wanted = [place for place, row in enumerate(part) if row.logprobs >= 0]
         if wanted:
-            pick = self._upload(wanted)
+            pick = self._upload(wanted, dtype=torch.int64)
             scores = (z if expert is None else ops.combine(z, expert, anti, alpha))[pick]
             heat = torch.where(temperature[pick] > 0, temperature[pick], 1.0).unsqueeze(1)
             entries = _logprobs(
@@ -129,21 +129,22 @@ class Sampler:
         return out
 
 
-def apply_edits(scores: torch.Tensor, edits: list[Edits | None], upload: Callable[..., torch.Tensor]) -> None:
+def apply_edits(scores: torch.Tensor, edits: list[Edits | None], upload: Upload) -> None:
     """Change combined scores [B, V] in place: logit bias, bans, then penalties (vLLM's order and formulas)."""
     for row, edit in zip(scores, edits, strict=True):
         if edit is None:
             continue
         if edit.bias:
-            row[upload(list(edit.bias))] += upload(list(edit.bias.values()))
+            biased = upload(list(edit.bias), dtype=torch.int64)
+            row[biased] += upload(list(edit.bias.values()), dtype=torch.float32)
         if edit.banned:
-            row[upload(edit.banned)] = float("-inf")
+            row[upload(edit.banned, dtype=torch.int64)] = float("-inf")
         if edit.repetition_penalty != 1.0 and edit.seen:
-            seen = upload(edit.seen)
+            seen = upload(edit.seen, dtype=torch.int64)
             values = row[seen]
             row[seen] = torch.where(values > 0, values / edit.repetition_penalty, values * edit.repetition_penalty)
         if edit.counts and (edit.presence_penalty or edit.frequency_penalty):
-            counted = upload(list(edit.counts))
+            counted = upload(list(edit.counts), dtype=torch.int64)
             counts = upload(list(edit.counts.values()), dtype=torch.float32)
             row[counted] -= edit.frequency_penalty * counts + edit.presence_penalty
 
@@ -153,12 +154,12 @@ def _logprobs(
     target: torch.Tensor,
     tokens: list[int],
     best: list[int],
-    upload: Callable[..., torch.Tensor],
+    upload: Upload,
 ) -> list[TokenLogprobs]:
     """Log-probabilities of ``tokens`` and of the best of each row, under the ensemble and under the target alone."""
     ensemble = combined.log_softmax(-1)
     alone = ensemble if combined is target else target.log_softmax(-1)
-    token = upload(tokens).clamp_min(0).unsqueeze(1)
+    token = upload(tokens, dtype=torch.int64).clamp_min(0).unsqueeze(1)
     own = ensemble.gather(1, token)
     ranks = ((ensemble > own).sum(1) + 1).tolist()
     own_target = alone.gather(1, token).squeeze(1).tolist()

@@ -109,11 +109,9 @@ class Recorder:
         self._arrive()
 
     # ── memory ──────────────────────────────────────────────────────────────────────────────────────────────────────
-    def upload(self, data: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def upload(self, data: Any, *, dtype: torch.dtype) -> torch.Tensor:
         self._not_captured("upload")
-        if not hasattr(data, "dtype"):
-            return torch.tensor(data, dtype=dtype)
-        out = torch.from_numpy(data.copy())
+        out = torch.tensor(data, dtype=dtype)
         self._memory.pop(_key(out), None)
         return out
 

@@ -248,6 +248,12 @@ def test_the_queue_is_bounded():
     llm.shutdown(timeout=10)
 
 
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "many"])
+def test_a_bad_bound_of_the_queue_is_refused(value):
+    with pytest.raises(ValueError, match=r"max_waiting is .*, allowed is 1 or more"):
+        AsyncLLM(make_engine(), max_waiting=value)
+
+
 def test_an_error_in_the_loop_reaches_everyone_with_its_cause():
     engine = make_engine()
 

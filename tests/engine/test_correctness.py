@@ -70,23 +70,27 @@ def test_ragged_batch_equals_reference(family: str, kind: str, params: SamplingP
     assert any(o.metrics.cached_tokens > 0 for o in again)
 
 
+@pytest.mark.parametrize("kind", ["lora", "full", "three", "prompts"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-@pytest.mark.parametrize("caching", [True, False], ids=["shared prefixes", "no sharing"])
-def test_preemption_and_arrival_change_nothing(family: str, caching: bool, models: Models) -> None:
+def test_preemption_sharing_and_arrival_change_nothing(family: str, kind: str, models: Models) -> None:
     """A cache for about two of eight sequences: most are preempted and recomputed, and arrive in any order."""
-    pairs, sides = ensemble(family, "lora", models)
     path = models.model(family)
-    steer = SamplingParams(temperature=0.0, max_tokens=24, alpha=0.8)
-    expected = [generate(Side(path), sides, [0.8], prompt, steer) for prompt in prompts(8)]
+    guidance = {"a": ExpertPair.from_prompts(anti_expert="")}
+    pairs, sides = (guidance, []) if kind == "prompts" else ensemble(family, kind, models)
+    steer = SamplingParams(temperature=0.0, max_tokens=16, alpha=0.6)
+    expected = []
+    for prompt in prompts(8):
+        own = [(Side(path), Side(path, prompt=tuple(prompt[-1:])))] if kind == "prompts" else sides
+        expected.append(generate(Side(path), own, [0.6] * len(own), prompt, steer))
     roomy = LLM(path, pairs, dtype="float32")
-    tight = LLM(
-        path, pairs, dtype="float32", kv_cache_bytes=9 * roomy.ensemble.bytes_per_block, enable_prefix_caching=caching
-    )
-    for order in (list(range(8)), [5, 2, 7, 0, 3, 6, 1, 4]):
-        outputs = tight.generate([prompts(8)[i] for i in order], steer, use_tqdm=False)
-        assert [o.outputs[0].token_ids for o in outputs] == [expected[i] for i in order]
-        assert sum(o.metrics.preemptions for o in outputs) > 0
-    assert tight.engine.blocks.num_free == tight.runner.num_blocks
+    few = 9 * roomy.ensemble.bytes_per_block
+    for caching in (True, False):
+        tight = LLM(path, pairs, dtype="float32", kv_cache_bytes=few, enable_prefix_caching=caching)
+        for order in (list(range(8)), [5, 2, 7, 0, 3, 6, 1, 4]):
+            outputs = tight.generate([prompts(8)[i] for i in order], steer, use_tqdm=False)
+            assert [o.outputs[0].token_ids for o in outputs] == [expected[i] for i in order]
+            assert sum(o.metrics.preemptions for o in outputs) > 0
+        assert tight.engine.blocks.num_free == tight.runner.num_blocks
 
 
 def test_pairs_of_prompts_are_guidance(models: Models) -> None:
@@ -146,6 +150,16 @@ def test_a_step_without_logits_and_whole_numbers_as_parameters(models: Models) -
     found = [llm.generate(prompt, params, use_tqdm=False)[0] for llm, params in ((small, whole), (large, exact))]
     assert found[0].outputs[0].token_ids == found[1].outputs[0].token_ids
     assert found[0].outputs[0].error is None
+
+
+def test_a_bias_of_any_size_is_a_number_like_others(models: Models) -> None:
+    """Whole numbers beyond 64 bits are float32 all the same; the request beside it is not touched."""
+    llm = LLM(models.model("llama"), dtype="float32")
+    biased = [SamplingParams(temperature=0.0, max_tokens=3, logit_bias={5: bias}) for bias in (10**30, 1e30, 7, 7.0)]
+    outputs = llm.generate([prompts()[1]] * 4, biased, use_tqdm=False)
+    found = [output.outputs[0].token_ids for output in outputs]
+    assert found[0] == found[1] == [5, 5, 5]
+    assert found[2] == found[3]
 
 
 def test_samples_of_one_prompt(models: Models) -> None:

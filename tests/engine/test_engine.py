@@ -264,6 +264,12 @@ def test_params_of_another_type_are_refused(params):
         make_engine().add_request("a", params)
 
 
+@pytest.mark.parametrize("request_id", [3, b"x", ["a"]], ids=str)
+def test_a_request_id_of_another_type_is_refused(request_id):
+    with pytest.raises(ValueError, match=r"request_id is .*, a string is allowed"):
+        make_engine().add_request("a", request_id=request_id)
+
+
 def test_prompt_logprobs_with_prompts_of_their_own_are_refused():
     with pytest.raises(ValueError, match="prompt_logprobs"):
         make_engine().add_request("a", SamplingParams(prompt_logprobs=0, alpha={"guide": 1.0}))

@@ -239,7 +239,7 @@ def test_writing_to_memory_that_a_copy_reads_is_found(models: Models, monkeypatc
     [
         lambda device: device.buffer((1,), torch.float32),
         lambda device: device.pinned(8),
-        lambda device: device.upload([1]),
+        lambda device: device.upload([1], dtype=torch.int64),
         lambda device: torch.zeros(1).item(),
         lambda device: torch.tensor([1.0]),
         lambda device: device.synchronize(),

@@ -26,7 +26,7 @@ def make_llm(monkeypatch: pytest.MonkeyPatch, layout=LAYOUT, **options) -> LLM:
     monkeypatch.setattr(
         module, "Runner", lambda ensemble, num_blocks, placement: FakeRunner(ensemble.layout, num_blocks)
     )
-    return LLM("model", **{"kv_cache_bytes": 64_000, **options})
+    return LLM(**{"model": "model", "kv_cache_bytes": 64_000, **options})
 
 
 @pytest.fixture
@@ -202,6 +202,8 @@ def test_score_refuses(llm, texts_, message):
         *(("max_num_seqs", v) for v in (0, -1, 1.5, "8", True, None)),
         *(("max_num_batched_tokens", v) for v in (0, "512", True)),
         *(("kv_cache_bytes", v) for v in (0, 999, -1, "1G", 1.5, True)),
+        ("model", 3),
+        ("model", None),
         ("speculation", "ngram"),
         ("enable_prefix_caching", "yes"),
         ("seed", "x"),
@@ -222,6 +224,16 @@ def test_the_cache_is_as_large_as_asked_for(monkeypatch):
 def test_chat_needs_a_template(llm):
     with pytest.raises(ValueError, match="chat template"):
         llm.chat([{"role": "user", "content": "a"}])
+
+
+@pytest.mark.parametrize(
+    "messages", [["hello"], [[]], [{"content": "no role"}], [[{"role": "user"}], "hello"]], ids=str
+)
+def test_chat_refuses_what_is_no_conversation(llm, messages):
+    llm.tokenizer.chat_template = "x"
+    with pytest.raises(ValueError, match=r"chat: conversation \d is .*allowed") as caught:
+        llm.chat(messages, PARAMS, use_tqdm=False)
+    assert "\n" not in str(caught.value)
 
 
 def test_chat_answers_after_the_template(llm):
