@@ -2,6 +2,7 @@
 
     python benchmarks/floor.py --dtype bfloat16 --json floor-bf16.json
     python benchmarks/floor.py --dtype float32 --json floor-fp32.json
+    python benchmarks/floor.py --dtype float32 --quantization int8 --json floor-int8.json
 
 A step reads the weights once (head included), the adapters once, the KV cache once, and the logits once; it does two
 operations a weight and row, and four a cached key element and query head. The floor is the larger of bytes over read
@@ -29,6 +30,7 @@ from tqdm import tqdm
 
 from ensemble_decode import LLM, ExpertPair
 from ensemble_decode.engine.batch import Batch, SampleRow, Span, Steering
+from ensemble_decode.models.loading import Quantization
 from ensemble_decode.models.smollm2 import smollm2_path
 from ensemble_decode.ops.paged_attention import BLOCK_SIZE
 
@@ -66,7 +68,9 @@ def adapter_elements() -> int:
     return total
 
 
-def count(config: Any, dtype: torch.dtype, batch: int, context: int, steered: bool) -> dict[str, float]:
+def count(
+    config: Any, dtype: torch.dtype, batch: int, context: int, steered: bool, quantization: str | None = None
+) -> dict[str, float]:
     """Bytes that a step must read and operations that it must do."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
@@ -74,7 +78,8 @@ def count(config: Any, dtype: torch.dtype, batch: int, context: int, steered: bo
     layers, head = config.num_hidden_layers * layer, config.hidden_size * config.vocab_size
     members, adapters = (3, adapter_elements()) if steered else (1, 0)
     cached = config.num_hidden_layers * members * batch * context
-    weights = (layers + head + adapters) * dtype.itemsize
+    # int8's scales, four bytes for each output, are some 0.5 % more.
+    weights = (layers + head) * (1 if quantization else dtype.itemsize) + adapters * dtype.itemsize
     kv = cached * 2 * keys * dtype.itemsize
     # Hidden states are combined before the head: one row of it for each sequence. A row meets one adapter.
     operations = 2 * batch * (members * layers + head + adapters) + 4 * cached * queries
@@ -103,9 +108,14 @@ def step_seconds(llm: LLM, batch: int, context: int, steered: bool, steps: int) 
     return times
 
 
-def load(dtype: str, kv_cache_bytes: int, steered: bool) -> LLM:
+def load(dtype: str, kv_cache_bytes: int, steered: bool, quantization: Quantization | None = None) -> LLM:
     pairs = {"gender": ExpertPair(PAIR / "expert", PAIR / "anti_expert")} if steered else None
-    options: dict[str, Any] = {"dtype": dtype, "max_model_len": 8192, "enable_prefix_caching": False}
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "quantization": quantization,
+        "max_model_len": 8192,
+        "enable_prefix_caching": False,
+    }
     llm = LLM(str(smollm2_path()), pairs, kv_cache_bytes=kv_cache_bytes, **options)
     for group in llm.ensemble.groups:
         for cache in (*group.k_cache, *group.v_cache):
@@ -116,7 +126,7 @@ def load(dtype: str, kv_cache_bytes: int, steered: bool) -> LLM:
 def table(data: dict[str, Any]) -> str:
     top = data["ceilings"]
     lines = [
-        f"{data['processor']}, {data['settings']['dtype']}, {top['bytes_per_s'] / 1e9:.1f} GB/s read, "
+        f"{data['processor']}, {' '.join(filter(None, (data['settings']['dtype'], data['settings']['quantization'])))}, {top['bytes_per_s'] / 1e9:.1f} GB/s read, "
         f"{top['ops_per_s'] / 1e9:.0f} Gop/s.",
         "",
         "| | batch | context | MB | of it KV | Gop | floor, ms | bound by | step, ms | step / floor | × target alone |",
@@ -146,6 +156,7 @@ def table(data: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
+    parser.add_argument("--quantization", choices=["int8"], help="keep the weights as int8")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--context", type=int, nargs="+", default=[128, 1024, 4096])
     parser.add_argument("--steps", type=int, default=15)
@@ -162,12 +173,13 @@ def main() -> None:
     settings = [(batch, context) for batch in args.batch for context in args.context]
     try:
         for steered in (False, True):
-            counts = {s: count(config, dtype, *s, steered) for s in settings}
+            counts = {s: count(config, dtype, *s, steered, args.quantization) for s in settings}
             fits = [s for s in settings if counts[s]["kv"] <= args.most_gb * 1e9]
             if not fits:
                 parser.error(f"--most-gb is {args.most_gb}, no setting fits")
             blocks = max(batch * -(-context // BLOCK_SIZE) for batch, context in fits)
-            llm = load(args.dtype, round(blocks * count(config, dtype, 1, BLOCK_SIZE, steered)["kv"]), steered)
+            bytes_per_block = count(config, dtype, 1, BLOCK_SIZE, steered)["kv"]
+            llm = load(args.dtype, round(blocks * bytes_per_block), steered, args.quantization)
             for batch, context in tqdm(
                 settings, desc="steered" if steered else "target", disable=not sys.stderr.isatty()
             ):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from ensemble_decode.kernels.activation import gated
@@ -41,8 +43,11 @@ def decoder_layer(
     weight_offset: float,
     scale: float,
     activation: int,
+    scales: Sequence[Tensor] = (),
 ) -> Tensor:
     """See ``ensemble_decode.ops.decoder_layer``. What the products give is of hidden's dtype, the residual float32."""
+    if scales:
+        raise RuntimeError(f"decoder_layer: scales has {len(scales)} tensors, it must have 0 here (int8 is for a CPU)")
     if activation not in (0, 1, 2):
         raise RuntimeError(f"decoder_layer: activation is {activation}, it must be 0 (silu), 1 (gelu_tanh) or 2 (gelu)")
     if len(lora) not in (0, 8):

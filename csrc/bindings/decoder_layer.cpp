@@ -10,15 +10,6 @@ using namespace ensemble_decode;
 
 const char* const op = "decoder_layer";
 
-const void* packed_data(const char* name, const Tensor& packed, ScalarType dtype, int64_t in_features, int64_t groups) {
-  if (dtype == ScalarType::BFloat16)
-    check_tensor(op, name, packed, dtype, {groups, (in_features + 1) / 2, kGroupColumns, 2});
-  else
-    check_tensor(op, name, packed, dtype, {groups, in_features, kGroupColumns});
-  check_contiguous(op, name, packed);
-  return packed.const_data_ptr();
-}
-
 const void* vector_data(const char* name, const std::optional<Tensor>& t, ScalarType dtype, int64_t size) {
   if (!t) return nullptr;
   check_tensor(op, name, *t, dtype, {size});
@@ -35,7 +26,7 @@ Tensor decoder_layer(const Tensor& hidden, const Tensor& cos, const Tensor& sin,
                      const std::optional<Tensor>& adapter, Tensor k_cache, Tensor v_cache, const Tensor& query_start,
                      const Tensor& context_len, const Tensor& block_table, int64_t num_heads, int64_t num_kv_heads,
                      int64_t head_dim, int64_t intermediate, double eps, double weight_offset, double scale,
-                     int64_t activation) {
+                     int64_t activation, std::vector<Tensor> scales) {
   check(hidden.dim() == 2, op, "hidden is ", hidden, ", it must be [tokens, width]");
   int64_t tokens = hidden.size(0), width = hidden.size(1), q_width = num_heads * head_dim, kv_width = num_kv_heads * head_dim;
   ScalarType dtype = hidden.scalar_type();
@@ -66,14 +57,20 @@ Tensor decoder_layer(const Tensor& hidden, const Tensor& cos, const Tensor& sin,
   args.hidden = hidden.const_data_ptr();
   args.width = width;
   args.intermediate = intermediate;
+  check(scales.empty() || scales.size() == 4, op,
+        "scales has ", static_cast<int64_t>(scales.size()), " tensors, it must have 0, or 4: of qkv, o, gate_up, down");
+  auto weight = [&](const char* name, const Tensor& packed, int linear, int64_t in_features, int64_t groups) {
+    const Tensor* scale = scales.empty() ? nullptr : &scales[static_cast<size_t>(linear)];
+    return check_packed(op, name, packed, scale, dtype, in_features, groups, args.scales[linear]);
+  };
   args.norm1 = vector_data("norm1", norm1, dtype, width);
   args.norm2 = vector_data("norm2", norm2, dtype, width);
-  args.qkv = packed_data("qkv", qkv, dtype, width, groups_of(q_width + 2 * kv_width));
+  args.qkv = weight("qkv", qkv, 0, width, groups_of(q_width + 2 * kv_width));
   args.qkv_bias = vector_data("qkv_bias", qkv_bias, dtype, q_width + 2 * kv_width);
-  args.o = packed_data("o", o, dtype, q_width, groups_of(width));
+  args.o = weight("o", o, 1, q_width, groups_of(width));
   args.o_bias = vector_data("o_bias", o_bias, dtype, width);
-  args.gate_up = packed_data("gate_up", gate_up, dtype, width, (intermediate + 15) / 16);
-  args.down = packed_data("down", down, dtype, intermediate, groups_of(width));
+  args.gate_up = weight("gate_up", gate_up, 2, width, (intermediate + 15) / 16);
+  args.down = weight("down", down, 3, intermediate, groups_of(width));
   args.q_norm = vector_data("q_norm", q_norm, dtype, head_dim);
   args.k_norm = vector_data("k_norm", k_norm, dtype, head_dim);
   args.eps = static_cast<float>(eps);
@@ -108,6 +105,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ensemble_decode, m) {
       "Tensor o, Tensor? o_bias, Tensor gate_up, Tensor down, Tensor? q_norm, Tensor? k_norm, Tensor[] lora, "
       "Tensor? adapter, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor query_start, Tensor context_len, "
       "Tensor block_table, int num_heads, int num_kv_heads, int head_dim, int intermediate, float eps, "
-      "float weight_offset, float scale, int activation) -> Tensor");
+      "float weight_offset, float scale, int activation, Tensor[] scales) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(ensemble_decode, CPU, m) { m.impl("decoder_layer", TORCH_BOX(&decoder_layer)); }

@@ -67,6 +67,11 @@ inline void check_last_dense(const char* op, const char* name, const Tensor& t) 
   check(t.size(last) <= 1 || t.stride(last) == 1, op, name, " must be contiguous in its last dimension");
 }
 
+// The data of a packed weight of `groups` groups of columns: of the layer's dtype, or int8 where there are scales,
+// whose data `scale_data` then points to.
+const void* check_packed(const char* op, const char* name, const Tensor& packed, const Tensor* scale, ScalarType dtype,
+                         int64_t in_features, int64_t groups, const float*& scale_data);
+
 // Rows of the last dimension: [..., width] as [rows, width] with one stride between rows.
 inline Tensor as_rows(const Tensor& t) {
   if (t.dim() == 2 && (t.size(1) <= 1 || t.stride(1) == 1)) return t;

@@ -75,7 +75,7 @@ struct Layer {
       if (pass == 0) carver = {static_cast<char*>(workspace(static_cast<size_t>(carver.used))), 0};
     }
     __builtin_memset(counters, 0, kCounters * sizeof(Counter));
-    if (Step<T>::kPer > 1 && (width % 2 || intermediate % 2))  // what pads the last step must be zero
+    if (width % 2 || q_width % 2 || intermediate % 2)  // what pads the last step of two must be zero
       __builtin_memset(normed, 0, static_cast<size_t>(reinterpret_cast<char*>(qkv) - reinterpret_cast<char*>(normed)));
     place_tokens(paging, places);
   }
@@ -99,6 +99,20 @@ struct Layer {
                  kTileColumns);
   }
 
+  // The tiles of one linear, whose weights are T or, where they have scales, int8.
+  template <typename Finish>
+  void multiply(Team& team, int counter, int linear, const Input<T>* x, int64_t in_features, const void* packed,
+                int64_t out_features, const Finish& finish) {
+    const float* scale = args.scales[linear];
+    int64_t stride = input_stride<T>(in_features);
+    if (scale)
+      linear_phase(team, counters[counter], x, stride, rows, static_cast<const Int8<T>*>(packed), scale, in_features,
+                   out_features, finish);
+    else
+      linear_phase(team, counters[counter], x, stride, rows, static_cast<const T*>(packed), scale, in_features,
+                   out_features, finish);
+  }
+
   // One linear, each sixteen of its outputs given to done(row, column, count, sums).
   template <typename Done>
   void project(Team& team, int counter, int linear, const Input<T>* x, int64_t in_features, const void* packed,
@@ -112,8 +126,7 @@ struct Layer {
         for (int r = 0; r < tile.rows; r++) done(tile.row + r, c, last - c, load(sums + r * kTileColumns) + add);
       }
     };
-    linear_phase(team, counters[counter], x, input_stride<T>(in_features), rows, static_cast<const T*>(packed),
-                 in_features, out_features, finish);
+    multiply(team, counter, linear, x, in_features, packed, out_features, finish);
   }
 
   // Normalises x, the hidden states or the residual, for the linear that comes next.
@@ -177,8 +190,7 @@ struct Layer {
         store_n(product + (tile.row + r) * stride + i, gated, count);
       }
     };
-    linear_phase(team, counters[kGateUp], normed, input_stride<T>(width), rows, static_cast<const T*>(args.gate_up),
-                 width, (intermediate + 15) / 16 * kTileColumns, finish);
+    multiply(team, kGateUp, 2, normed, width, args.gate_up, (intermediate + 15) / 16 * kTileColumns, finish);
   }
 
   void run(Team& team) {

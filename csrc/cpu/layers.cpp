@@ -76,8 +76,9 @@ void ask_for_huge_pages(void* data, size_t size) {
 }
 
 template <typename T>
-void pack_groups(const T* weight, int64_t stride, int64_t n, int64_t k, int64_t per_step, T* packed) {
-  int64_t groups = (n + kGroupColumns - 1) / kGroupColumns, steps = (k + per_step - 1) / per_step;
+void pack_groups(const T* weight, int64_t stride, int64_t n, int64_t k, int64_t steps, int64_t per_step, T* packed) {
+  int64_t groups = (n + kGroupColumns - 1) / kGroupColumns;
+  ask_for_huge_pages(packed, static_cast<size_t>(groups * kGroupColumns * steps * per_step) * sizeof(T));
   parallel(num_threads(), [&](Team& team) {
     Share share = share_of(groups, 1, team.index, team.size);
     for (int64_t g = share.begin; g < share.end; g++) {
@@ -103,14 +104,15 @@ bool use_kernels(const char* name) {
 }
 
 void pack_weight(DType dtype, const void* weight, int64_t stride, int64_t n, int64_t k, void* packed) {
-  int64_t per_step = elements_per_step(dtype);
-  int64_t columns = (n + kGroupColumns - 1) / kGroupColumns * kGroupColumns;
-  int64_t elements = columns * ((k + per_step - 1) / per_step) * per_step;
-  ask_for_huge_pages(packed, static_cast<size_t>(elements) * (dtype == DType::float32 ? 4 : 2));
+  int64_t per_step = elements_per_step(dtype), steps = (k + per_step - 1) / per_step;
   if (dtype == DType::float32)
-    pack_groups(static_cast<const uint32_t*>(weight), stride, n, k, per_step, static_cast<uint32_t*>(packed));
+    pack_groups(static_cast<const uint32_t*>(weight), stride, n, k, steps, per_step, static_cast<uint32_t*>(packed));
   else
-    pack_groups(static_cast<const uint16_t*>(weight), stride, n, k, per_step, static_cast<uint16_t*>(packed));
+    pack_groups(static_cast<const uint16_t*>(weight), stride, n, k, steps, per_step, static_cast<uint16_t*>(packed));
+}
+
+void pack_int8(const int8_t* weight, int64_t stride, int64_t n, int64_t k, int8_t* packed) {
+  pack_groups(weight, stride, n, k, (k + 1) / 2 * 2, 1, packed);
 }
 
 void* workspace(size_t bytes) {

@@ -31,13 +31,15 @@ constexpr int kGroupColumns = 32; // output columns that lie together in a packe
 // Elements of a step of a packed weight or key block: bf16 keeps two consecutive k beside each other in every lane.
 constexpr int elements_per_step(DType dtype) { return dtype == DType::bfloat16 ? 2 : 1; }
 
-// y[r] = x[r] . W^T + bias, W packed as [ceil(N / 32)][ceil(K / step)][32][step].
+// y[r] = x[r] . W^T + bias, W packed as [ceil(N / 32)][ceil(K / step)][32][step]; or, with a scale for every packed
+// column, W = scale * int8, packed as [ceil(N / 32)][K rounded up to 2][32] for every dtype.
 struct LinearArgs {
   DType dtype;
   const void* x;
   int64_t rows, x_stride, in_features;
   const void* packed;
-  const void* bias;  // [N] or null
+  const float* scale;  // [32 * ceil(N / 32)] of int8 weights, or null
+  const void* bias;    // [N] or null
   int64_t out_features;
   void* out;  // [rows, N] of dtype, or of float32 if out_float32
   bool out_float32;
@@ -107,6 +109,7 @@ struct LayerArgs {
   const void *qkv, *qkv_bias, *o, *o_bias;
   const void* gate_up;  // packed with 16 gate columns and the 16 up columns of the same index in each group
   const void* down;
+  const float* scales[4];           // of qkv, o, gate_up, down where they are int8, as LinearArgs has it
   const void *q_norm, *k_norm;      // [head_dim] or null
   const Lora* lora;                 // qkv, o, gate_up, down; or null
   const int32_t* adapter;
@@ -133,6 +136,7 @@ bool use_kernels(const char* name);
 
 // weight [N, K] with row stride -> packed (see LinearArgs), padded with zeros.
 void pack_weight(DType dtype, const void* weight, int64_t stride, int64_t n, int64_t k, void* packed);
+void pack_int8(const int8_t* weight, int64_t stride, int64_t n, int64_t k, int8_t* packed);
 
 // Scratch memory of the calling thread, 64-byte aligned, kept between calls. A second call invalidates the first.
 void* workspace(size_t bytes);

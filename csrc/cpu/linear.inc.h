@@ -32,7 +32,7 @@ template <typename T, int Rows>
 static void linear_tile(const T* group, const Ahead<T>& ahead, const Input<T>* x, int64_t x_stride, int64_t steps,
                         float* sums) {
   constexpr int kPer = Step<T>::kPer, kColumns = Rows <= kWideRows ? 2 : 1;
-  const T* w[2] = {group, group + 16 * kPer};
+  const T* w[2] = {group, group + Step<T>::kVector};
   for (int c = 0; c < 2; c += kColumns)
     dot_tile<T, Rows, kColumns>(w + c, kTileColumns * kPer, ahead.at + c, ahead.stride, x, x_stride, steps,
                                 sums + 16 * c, kTileColumns);
@@ -71,10 +71,21 @@ static inline Ahead<T> next_group_ahead(const T* next, int64_t group_elements, i
   return {{at, middle}, (16 * Step<T>::kPer + tiles - 1) / tiles};
 }
 
+static inline void scale_columns(const Tile& tile, const float* scale) {
+  for (int c = 0; c < kTileColumns; c += 16) {
+    V16 factor = load(scale + c);
+    for (int r = 0; r < tile.rows; r++) {
+      float* sums = tile.sums + r * kTileColumns + c;
+      store(sums, load(sums) * factor);
+    }
+  }
+}
+
 // Every tile of x [rows, steps] times the packed weights goes to finish(tile), on some thread of the team. No barrier.
 template <typename T, typename Finish>
 static inline void linear_phase(Team& team, Counter& counter, const Input<T>* x, int64_t x_stride, int64_t rows,
-                                const T* packed, int64_t in_features, int64_t out_features, const Finish& finish) {
+                                const T* packed, const float* scale, int64_t in_features, int64_t out_features,
+                                const Finish& finish) {
   constexpr int kPer = Step<T>::kPer;
   int64_t steps = (in_features + kPer - 1) / kPer, group_elements = steps * kTileColumns * kPer;
   int64_t groups = (out_features + kTileColumns - 1) / kTileColumns;
@@ -90,10 +101,11 @@ static inline void linear_phase(Team& team, Counter& counter, const Input<T>* x,
       const T *group = packed + index * group_elements, *next = index + 1 < groups ? group + group_elements : packed;
       for (int64_t t = 0; t < tiles; t++) {
         int64_t lo = first + block * t / tiles, hi = first + block * (t + 1) / tiles;
-        bool unasked = tiles == 1 || !whole_groups || (item == begin && t == 0);
+        bool unasked = block <= kWideRows || !whole_groups || (item == begin && t == 0);
         Ahead<T> ahead = unasked ? stream_ahead(group) : next_group_ahead(next, group_elements, t, tiles);
         Tile tile{lo, index * kTileColumns, static_cast<int>(hi - lo), sums};
         linear_tile_of<T>(tile.rows)(group, ahead, x + lo * x_stride, x_stride, steps, sums);
+        if (scale) scale_columns(tile, scale + tile.column);
         finish(tile);
       }
     }
@@ -115,11 +127,11 @@ static inline void to_input(const T* row, int64_t width, Input<T>* input) {
   }
 }
 
-template <typename T>
-static void linear(const LinearArgs& args) {
+template <typename T, typename Weight>
+static void linear_with(const LinearArgs& args) {
   const T* x = static_cast<const T*>(args.x);
   int64_t n = args.out_features, k = args.in_features, stride = input_stride<T>(k);
-  bool direct = sizeof(Input<T>) == sizeof(T) && k % Step<T>::kPer == 0;
+  bool direct = sizeof(Input<T>) == sizeof(T) && k % Step<Weight>::kPer == 0;
   size_t counters = 2 * sizeof(Counter);
   char* memory = static_cast<char*>(
       workspace(counters + (direct ? 0 : static_cast<size_t>(args.rows * stride) * sizeof(Input<T>))));
@@ -151,6 +163,12 @@ static void linear(const LinearArgs& args) {
         for (int64_t r = begin; r < end; r++) to_input(x + r * args.x_stride, k, converted + r * stride);
       team.barrier();
     }
-    linear_phase(team, counter[1], input, input_row, args.rows, static_cast<const T*>(args.packed), k, n, finish);
+    linear_phase(team, counter[1], input, input_row, args.rows, static_cast<const Weight*>(args.packed), args.scale, k, n,
+                 finish);
   });
+}
+
+template <typename T>
+static void linear(const LinearArgs& args) {
+  args.scale ? linear_with<T, Int8<T>>(args) : linear_with<T, T>(args);
 }

@@ -27,6 +27,9 @@ static inline V16 load(const bfloat16* p) {
 static inline V16 load(const float16* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
+static inline V16 load(const int8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
 static inline void store(bfloat16* p, V16 v) {
   __m256bh h = _mm512_cvtneps_pbh(v.a);
   __builtin_memcpy(p, &h, 32);
@@ -102,6 +105,10 @@ static inline V16 load(const bfloat16* p) {
 static inline V16 load(const float16* p) {
   const __m128i* q = reinterpret_cast<const __m128i*>(p);
   return {_mm256_cvtph_ps(_mm_loadu_si128(q)), _mm256_cvtph_ps(_mm_loadu_si128(q + 1))};
+}
+static inline V16 load(const int8_t* p) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))),
+          _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8))))};
 }
 static inline __m128i narrow(__m256 x) {  // to nearest even; a NaN stays one
   __m256i bits = _mm256_castps_si256(x);
@@ -243,6 +250,7 @@ static inline float16 narrow(float x) {  // to nearest even, by an addition that
 }
 static inline V16 load(const bfloat16* p) { EACH_LANE(from_bits(static_cast<uint32_t>(p[i].bits) << 16)); }
 static inline V16 load(const float16* p) { EACH_LANE(widen(p[i])); }
+static inline V16 load(const int8_t* p) { EACH_LANE(static_cast<float>(p[i])); }
 static inline void store(bfloat16* p, V16 v) {
   for (int i = 0; i < 16; i++) {
     uint32_t bits = to_bits(v.f[i]), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -378,13 +386,14 @@ static inline V16 power_of_2_at_most_1(V16 x) {
 }
 
 // How the products of linears and attention scores go. A step takes kPer consecutive k of sixteen columns, in kParts
-// multiply-adds: `weights(p, part)` and `broadcast(x, part)` are their operands, `Input` is how x is stored.
+// multiply-adds: `weights(p, part)` and `broadcast(x, part)` are their operands, `Input` is how x is stored. The next
+// sixteen columns lie kVector elements further on.
 template <typename T>
 struct Step;
 
 template <>
 struct Step<float> {
-  static constexpr int kPer = 1, kParts = 1;
+  static constexpr int kPer = 1, kParts = 1, kVector = 16;
   using Input = float;
   static inline V16 weights(const float* p, int) { return load(p); }
   static inline V16 broadcast(const Input* x, int) { return set1(*x); }
@@ -393,7 +402,7 @@ struct Step<float> {
 
 template <>
 struct Step<float16> {
-  static constexpr int kPer = 1, kParts = 1;
+  static constexpr int kPer = 1, kParts = 1, kVector = 16;
   using Input = float;
   static inline V16 weights(const float16* p, int) { return load(p); }
   static inline V16 broadcast(const Input* x, int) { return set1(*x); }
@@ -403,7 +412,7 @@ struct Step<float16> {
 template <>
 struct Step<bfloat16> {
 #if SIMD_LEVEL == 4
-  static constexpr int kPer = 2, kParts = 1;
+  static constexpr int kPer = 2, kParts = 1, kVector = 32;
   using Input = bfloat16;
   static inline __m512bh weights(const bfloat16* p, int) {
     return reinterpret_cast<__m512bh>(_mm512_loadu_si512(reinterpret_cast<const void*>(p)));
@@ -415,7 +424,7 @@ struct Step<bfloat16> {
   }
   static inline V16 multiply_add(__m512bh w, __m512bh x, V16 acc) { return {_mm512_dpbf16_ps(acc.a, w, x)}; }
 #else
-  static constexpr int kPer = 2, kParts = 2;
+  static constexpr int kPer = 2, kParts = 2, kVector = 32;
   using Input = float;
   // The even k, then the odd ones.
   static inline V16 weights(const bfloat16* p, int part) {
@@ -436,6 +445,33 @@ struct Step<bfloat16> {
   static inline V16 multiply_add(V16 w, V16 x, V16 acc) { return fma(w, x, acc); }
 #endif
 };
+
+// Weights of one byte beside inputs of T: two rows of 32 columns are a step. They are widened in registers, exactly.
+template <typename T>
+struct Int8 {
+  int8_t value;
+};
+
+template <typename T>
+struct Step<Int8<T>> {
+  static constexpr int kPer = 2, kParts = 2, kVector = 16;
+  using Input = typename Step<T>::Input;
+  static inline V16 weights(const Int8<T>* p, int part) { return load(&p[part * kGroupColumns].value); }
+  static inline V16 broadcast(const Input* x, int part) { return set1(x[part]); }
+  static inline V16 multiply_add(V16 w, V16 x, V16 acc) { return fma(w, x, acc); }
+};
+
+#if SIMD_LEVEL == 4
+template <>
+struct Step<Int8<bfloat16>> : Step<bfloat16> {
+  static constexpr int kVector = 16;
+  static inline __m512bh weights(const Int8<bfloat16>* p, int) {
+    // Small integers: their last sixteen bits as floats are zero.
+    __m512i even = _mm512_castps_si512(load(&p->value).a), odd = _mm512_castps_si512(load(&p[kGroupColumns].value).a);
+    return reinterpret_cast<__m512bh>(_mm512_or_si512(_mm512_srli_epi32(even, 16), odd));
+  }
+};
+#endif
 
 template <typename T>
 using Input = typename Step<T>::Input;

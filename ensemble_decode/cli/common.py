@@ -31,6 +31,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--base", help="model under the pairs' LoRA adapters (default: the target)")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default auto)")
+    parser.add_argument(
+        "--quantization",
+        choices=["int8"],
+        help="keep all weights as int8, a scale for each output (default: as they are)",
+    )
     parser.add_argument("--max-num-seqs", type=int, default=64, help="sequences decoded at once (default 64)")
     parser.add_argument("--max-model-len", type=int, help="longest sequence, prompt and output (default: the model's)")
     parser.add_argument("--placement", default="auto", help="where model groups run: auto, sequential or lanes")
@@ -98,6 +103,7 @@ def load_model(args: argparse.Namespace) -> LLM:
         model,
         pairs=pairs,
         dtype=args.dtype,
+        quantization=args.quantization,
         max_num_seqs=args.max_num_seqs,
         max_model_len=args.max_model_len,
         placement=args.placement,

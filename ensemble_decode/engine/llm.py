@@ -18,6 +18,7 @@ from ensemble_decode.engine.request import Request
 from ensemble_decode.engine.runner import Runner
 from ensemble_decode.engine.speculation import Speculation, Speculator
 from ensemble_decode.models.ensemble import Ensemble, load_ensemble
+from ensemble_decode.models.loading import Quantization
 from ensemble_decode.models.pairs import ExpertPair
 from ensemble_decode.ops.paged_attention import BLOCK_SIZE
 
@@ -40,6 +41,9 @@ class LLM:
         "auto" picks what the machine is good at; "float32", "bfloat16", "float16".
     device : str
         "auto" or "cpu".
+    quantization : {"int8"}, optional
+        Keep the weights of the target, the experts and a draft model as int8, a scale for each output channel: half of
+        bfloat16's bytes to read at each step (on a CPU). Arithmetic, caches and adapters stay in ``dtype``.
     max_num_seqs : int
         Sequences decoded at once.
     max_model_len : int, optional
@@ -77,6 +81,7 @@ class LLM:
         *,
         dtype: str | torch.dtype = "auto",
         device: str = "auto",
+        quantization: Quantization | None = None,
         max_num_seqs: int = 64,
         max_model_len: int | None = None,
         kv_cache_bytes: int | None = None,
@@ -99,7 +104,13 @@ class LLM:
             raise ValueError(f"enable_prefix_caching is {enable_prefix_caching!r}, allowed are True and False")
         draft = None if speculation is None else speculation.model
         self.ensemble = load_ensemble(
-            str(model), pairs, dtype=dtype, device=device, max_model_len=max_model_len, draft=draft
+            str(model),
+            pairs,
+            dtype=dtype,
+            device=device,
+            max_model_len=max_model_len,
+            draft=draft,
+            quantization=quantization,
         )
         blocks = _num_blocks(self.ensemble, kv_cache_bytes, max_num_seqs)
         self.runner = Runner(self.ensemble, blocks, placement)

@@ -12,7 +12,13 @@ import torch
 
 from ensemble_decode.models.group import Group
 from ensemble_decode.models.layout import Layout, PairLayout
-from ensemble_decode.models.loading import check_checkpoint, resolve_device, resolve_dtype
+from ensemble_decode.models.loading import (
+    Quantization,
+    check_checkpoint,
+    check_quantization,
+    resolve_device,
+    resolve_dtype,
+)
 from ensemble_decode.models.lora import CONFIG, is_adapter
 from ensemble_decode.models.pairs import ExpertPair
 
@@ -55,6 +61,7 @@ def load_ensemble(
     device: str = "auto",
     max_model_len: int | None = None,
     draft: str | None = None,
+    quantization: Quantization | None = None,
 ) -> Ensemble:
     """Load a target, its pairs and perhaps a ``draft`` model; members on the same weights share one group.
 
@@ -65,6 +72,7 @@ def load_ensemble(
     """
     place = resolve_device(device)
     kind = resolve_dtype(dtype, place)
+    check_quantization(quantization, place)
     named = {name: _as_pair(name, pair) for name, pair in (pairs or {}).items()}
     target = _key(model)
     members: dict[tuple[str, str | None], None] = {(target, None): None}  # (weights, adapter), in order
@@ -93,7 +101,7 @@ def load_ensemble(
     for number, key in enumerate(weights):
         adapters = [adapter for base, adapter in members if base == key and adapter is not None]
         bare = (key, None) in members
-        groups.append(Group(key, kind, adapters, bare, max_model_len, device=place))
+        groups.append(Group(key, kind, adapters, bare, max_model_len, device=place, quantization=quantization))
         for index, adapter in enumerate([*([None] if bare else []), *adapters]):
             pool_of[key, adapter] = len(pools)
             pools.append(Pool(number, index))

@@ -8,6 +8,7 @@ its parts). Whatever is replaced is compared with the original at load (see ``lo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ensemble_decode import ops
 from ensemble_decode.models.attention import current_forward
+from ensemble_decode.models.loading import Quantization
 
 #: Decoder layers with exactly Llama's forward, up to biases, q/k norms, the norm's offset and the activation.
 FUSED_LAYERS = (
@@ -39,9 +41,14 @@ class PackedLinear(nn.Module):
     biases : list of tensor [N_i] or None
     names : list of str
         The module paths these weights had, by which adapters find them.
+    pack : callable
+        How rows are arranged.
+    quantization : {"int8"}, optional
+        Keep the weights as int8 with a scale for each output.
     """
 
     packed: torch.Tensor
+    scale: torch.Tensor | None
     bias: torch.Tensor | None
     lora_a: torch.Tensor | None
     lora_b: torch.Tensor | None
@@ -52,6 +59,7 @@ class PackedLinear(nn.Module):
         biases: list[torch.Tensor | None],
         names: list[str],
         pack: Callable[[torch.Tensor], torch.Tensor] = ops.pack_weight,
+        quantization: Quantization | None = None,
     ) -> None:
         super().__init__()
         self.names = names
@@ -61,7 +69,9 @@ class PackedLinear(nn.Module):
         self.dtype = weights[0].dtype
         # A lone weight is not copied on a GPU: a head that is tied to the embedding stays one tensor.
         weight = weights[0] if len(weights) == 1 else torch.cat(list(weights))
-        self.register_buffer("packed", pack(weight), persistent=False)
+        packed, scale = ops.pack_int8(weight, pack) if quantization == "int8" else (pack(weight), None)
+        self.register_buffer("packed", packed, persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
         bias = None
         if any(b is not None for b in biases):
             rows = [weights[0].new_zeros(n) if b is None else b for b, n in zip(biases, self.segments, strict=True)]
@@ -71,7 +81,7 @@ class PackedLinear(nn.Module):
         self.register_buffer("lora_b", None, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = ops.linear(x, self.packed, self.bias, self.out_features)
+        y = ops.linear(x, self.packed, self.bias, self.out_features, scale=self.scale)
         if self.lora_a is not None and self.lora_b is not None:
             adapter = current_forward().adapter
             if adapter is not None:
@@ -128,7 +138,7 @@ class RMSNorm(nn.Module):
 class FusedLayer(nn.Module):
     """A Llama-shaped decoder layer as one operator; takes the arguments transformers' model passes to its layers."""
 
-    def __init__(self, layer: Any, name: str, layer_idx: int) -> None:
+    def __init__(self, layer: Any, name: str, layer_idx: int, quantization: Quantization | None = None) -> None:
         super().__init__()
         attention, mlp = layer.self_attn, layer.mlp
         self.layer_idx = layer_idx
@@ -142,10 +152,10 @@ class FusedLayer(nn.Module):
         self.k_norm = _rms_norm(attention.k_norm).weight if hasattr(attention, "k_norm") else None
         self.activation = _ACTIVATIONS[_activation_name(mlp)]
         self.intermediate = mlp.gate_proj.weight.shape[0]
-        self.qkv = _pack(attention, f"{name}.self_attn", MERGED[0])
-        self.o = _pack(attention, f"{name}.self_attn", ("o_proj",))
-        self.gate_up = _pack(mlp, f"{name}.mlp", MERGED[1], ops.pack_gate_up)
-        self.down = _pack(mlp, f"{name}.mlp", ("down_proj",))
+        self.qkv = _pack(attention, f"{name}.self_attn", MERGED[0], quantization)
+        self.o = _pack(attention, f"{name}.self_attn", ("o_proj",), quantization)
+        self.gate_up = _pack(mlp, f"{name}.mlp", MERGED[1], quantization, ops.pack_gate_up)
+        self.down = _pack(mlp, f"{name}.mlp", ("down_proj",), quantization)
         self._lora: list[torch.Tensor] = []
         # Laid ready, so that a step looks up none of them through ``nn.Module``.
         self._weights = (
@@ -170,6 +180,7 @@ class FusedLayer(nn.Module):
             self.scale,
             self.activation,
         )
+        self._scales = [linear.scale for linear in self.linears if linear.scale is not None]
 
     @property
     def linears(self) -> tuple[PackedLinear, ...]:
@@ -183,8 +194,8 @@ class FusedLayer(nn.Module):
         self._lora = []
         for linear in self.linears:
             if linear.lora_a is None or linear.lora_b is None:
-                a = linear.packed.new_zeros(count, len(linear.segments), linear.in_features)
-                b = linear.packed.new_zeros(count, linear.out_features, 1)
+                a = linear.packed.new_zeros(count, len(linear.segments), linear.in_features, dtype=linear.dtype)
+                b = linear.packed.new_zeros(count, linear.out_features, 1, dtype=linear.dtype)
                 linear.lora_a, linear.lora_b = ops.pack_lora(a, b)
             self._lora += [linear.lora_a, linear.lora_b]
 
@@ -210,6 +221,7 @@ class FusedLayer(nn.Module):
             forward.context_len,
             forward.block_table,
             *self._numbers,
+            self._scales,
         )
         return out.unsqueeze(0)
 
@@ -226,12 +238,16 @@ def _weight_and_bias(linear: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 
 def _pack(
-    parent: nn.Module, path: str, names: tuple[str, ...], pack: Callable[[torch.Tensor], torch.Tensor] = ops.pack_weight
+    parent: nn.Module,
+    path: str,
+    names: tuple[str, ...],
+    quantization: Quantization | None,
+    pack: Callable[[torch.Tensor], torch.Tensor] = ops.pack_weight,
 ) -> PackedLinear:
     """Pack ``parent``'s linears ``names`` into one and let the originals' weights go."""
     linears = [getattr(parent, name) for name in names]
     weights, biases = zip(*(_weight_and_bias(x) for x in linears), strict=True)
-    packed = PackedLinear(list(weights), list(biases), [f"{path}.{name}" for name in names], pack)
+    packed = PackedLinear(list(weights), list(biases), [f"{path}.{name}" for name in names], pack, quantization)
     for name in names:
         setattr(parent, name, None)
     return packed
@@ -263,33 +279,52 @@ def _rms_norm(norm: Any) -> RMSNorm:
     )
 
 
-def make_fast(decoder: nn.Module, root: str, fuse_layers: bool = True) -> None:
+def make_fast(
+    decoder: nn.Module, root: str, fuse_layers: bool = True, quantization: Quantization | None = None
+) -> None:
     """Replace what can be made fast inside ``decoder``, whose module path in the full model is ``root``."""
     if fuse_layers:
         layers = getattr(decoder, "layers", None)
         if layers is not None and len(layers) > 0 and type(layers[0]).__name__ in FUSED_LAYERS:
             for index, layer in enumerate(layers):
                 if _activation_name(layer.mlp) in _ACTIVATIONS and layer.mlp.gate_proj.bias is None:
-                    layers[index] = FusedLayer(layer, f"{root}.layers.{index}", index)
-    _make_leaves_fast(decoder, root)
+                    layers[index] = FusedLayer(layer, f"{root}.layers.{index}", index, quantization)
+    _make_leaves_fast(decoder, root, quantization)
 
 
-def _make_leaves_fast(module: nn.Module, path: str) -> None:
+@contextmanager
+def rounded_weights(decoder: nn.Module, head: Any) -> Iterator[None]:
+    """Inside, the linears that :func:`make_fast` would keep as int8 have the weights that int8 stands for."""
+    linears: list[Any] = [*(module for module in decoder.modules() if _is_linear(module)), head]
+    originals = [linear.weight for linear in linears]
+    try:
+        for linear, original in zip(linears, originals, strict=True):
+            rows, _ = _weight_and_bias(linear)
+            rounded = ops.dequantize(*ops.quantize_int8(rows)).to(original.dtype)
+            rounded = rounded.t() if isinstance(linear, Conv1D) else rounded
+            linear.weight = nn.Parameter(rounded, requires_grad=False)
+        yield
+    finally:
+        for linear, original in zip(linears, originals, strict=True):
+            linear.weight = original
+
+
+def _make_leaves_fast(module: nn.Module, path: str, quantization: Quantization | None) -> None:
     if isinstance(module, FusedLayer | PackedLinear):
         return
     for names in MERGED:
         if all(_is_linear(getattr(module, name, None)) for name in names):
-            first = _FirstOfMerged(_pack(module, path, names))
+            first = _FirstOfMerged(_pack(module, path, names, quantization))
             setattr(module, names[0], first)
             for name in names[1:]:
                 setattr(module, name, _NextOfMerged(first))
     for name, child in list(module.named_children()):
         if _is_linear(child):
-            setattr(module, name, _pack(module, path, (name,)))
+            setattr(module, name, _pack(module, path, (name,), quantization))
         elif _is_rms_norm(child):
             setattr(module, name, _rms_norm(child))
         else:
-            _make_leaves_fast(child, f"{path}.{name}" if path else name)
+            _make_leaves_fast(child, f"{path}.{name}" if path else name, quantization)
 
 
 def packed_linears(decoder: nn.Module) -> Iterator[PackedLinear]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +11,8 @@ from transformers import PreTrainedModel
 
 from ensemble_decode import ops
 from ensemble_decode.models.attention import Forward, running
-from ensemble_decode.models.fast import PackedLinear, make_fast
-from ensemble_decode.models.loading import load_model, load_tokenizer
+from ensemble_decode.models.fast import PackedLinear, make_fast, rounded_weights
+from ensemble_decode.models.loading import Quantization, load_model, load_tokenizer
 from ensemble_decode.models.lora import Adapter, load_adapter, put_adapters
 from ensemble_decode.ops.paged_attention import BLOCK_SIZE
 
@@ -61,6 +62,8 @@ class Group:
         Longest sequence that will be served (a sliding window must not be shorter).
     device : torch.device
         Where weights, adapters and caches lie, and where :meth:`forward` takes its rows.
+    quantization : {"int8"}, optional
+        Keep the weights of all linears, the head's too, as int8; embeddings, norms and adapters stay in ``dtype``.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Group:
         max_model_len: int | None = None,
         fuse_layers: bool = True,
         device: torch.device | str = "cpu",
+        quantization: Quantization | None = None,
     ) -> None:
         self.path = path
         self.dtype = dtype
@@ -93,16 +97,18 @@ class Group:
         self.blocks_per_pool = 0
 
         tokens = torch.arange(1, 1 + _CHECK_TOKENS, device=self.device) * 7919 % (self.config.vocab_size - 1)
-        expected = _original_logits(model, tokens)
         self.decoder: nn.Module = model.get_decoder()
         head = model.get_output_embeddings()
         if head is None:
             raise ValueError(f"model {path!r}: no output head")
+        # int8 weights are held against a model that has the weights they stand for: what differs then is an error.
+        with rounded_weights(self.decoder, head) if quantization else nullcontext():
+            expected = _original_logits(model, tokens)
         root = next(name for name, module in model.named_modules() if module is self.decoder)
-        make_fast(self.decoder, root, fuse_layers)
+        make_fast(self.decoder, root, fuse_layers, quantization)
         bias = getattr(head, "bias", None)
         self.vocab_size: int = head.weight.shape[0]
-        self.head = PackedLinear([head.weight], [bias], ["lm_head"])
+        self.head = PackedLinear([head.weight], [bias], ["lm_head"], quantization=quantization)
         self._check(tokens, expected)
         put_adapters(self.decoder, loaded)
 
@@ -146,7 +152,8 @@ class Group:
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits, float32 [R, V], of hidden states [R, E]."""
-        return ops.linear(hidden, self.head.packed, self.head.bias, self.vocab_size, out_fp32=True)
+        head = self.head
+        return ops.linear(hidden, head.packed, head.bias, self.vocab_size, out_fp32=True, scale=head.scale)
 
     def _check(self, tokens: torch.Tensor, expected: torch.Tensor) -> None:
         """Hold the fast model against the original: two chunks through the paged cache, all logits compared."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,6 +23,9 @@ _DTYPES = {
     "float16": torch.float16,
     "fp16": torch.float16,
 }
+#: How weights are kept: as they are (None), or as int8 with a scale for each output channel.
+Quantization = Literal["int8"]
+QUANTIZATIONS: tuple[Quantization | None, ...] = (None, "int8")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -71,6 +74,14 @@ def _why_no_gpu(device: torch.device, usable: int) -> str:
     if not torch.cuda.is_available():
         return f" (torch {torch.__version__} sees no GPU)"
     return " (Triton is not installed)" if library.available else " (the compiled operators are missing)"
+
+
+def check_quantization(quantization: Quantization | None, device: torch.device) -> None:
+    """Refuse a kind of quantization that is not known, or not served on ``device``."""
+    if quantization not in QUANTIZATIONS:
+        raise ValueError(f"quantization is {quantization!r}, allowed are {', '.join(map(repr, QUANTIZATIONS))}")
+    if quantization is not None and device.type != "cpu":
+        raise ValueError(f"quantization is {quantization!r}, on {device} None is allowed (int8 weights are for a CPU)")
 
 
 def check_checkpoint(path: str) -> None:

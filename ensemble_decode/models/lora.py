@@ -118,8 +118,8 @@ def _put(linear: PackedLinear, adapters: list[Adapter], rank: int, placed: list[
     if not any(name in adapter.weights for adapter in adapters for name in linear.names):
         return
     count, parts = len(adapters), len(linear.segments)
-    a_all = linear.packed.new_zeros(count, parts * rank, linear.in_features)
-    b_all = linear.packed.new_zeros(count, linear.out_features, rank)
+    a_all = linear.packed.new_zeros(count, parts * rank, linear.in_features, dtype=linear.dtype)
+    b_all = linear.packed.new_zeros(count, linear.out_features, rank, dtype=linear.dtype)
     for index, adapter in enumerate(adapters):
         start = 0
         for part, (name, width) in enumerate(zip(linear.names, linear.segments, strict=True)):

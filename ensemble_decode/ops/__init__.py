@@ -3,7 +3,7 @@
 from . import reference, reference_layers
 from .decoder_layer import decoder_layer, pack_gate_up
 from .ensemble_sample import EnsembleSample, combine, ensemble_logprob, ensemble_sample
-from .linear import linear, pack_weight
+from .linear import dequantize, linear, pack_int8, pack_weight, quantize_int8
 from .lora import lora_, pack_lora
 from .paged_attention import new_caches, paged_attention
 from .rms_norm import rms_norm
@@ -13,6 +13,7 @@ __all__ = [
     "EnsembleSample",
     "combine",
     "decoder_layer",
+    "dequantize",
     "ensemble_logprob",
     "ensemble_sample",
     "linear",
@@ -20,9 +21,11 @@ __all__ = [
     "new_caches",
     "num_threads",
     "pack_gate_up",
+    "pack_int8",
     "pack_lora",
     "pack_weight",
     "paged_attention",
+    "quantize_int8",
     "reference",
     "reference_layers",
     "rms_norm",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -57,6 +58,7 @@ def decoder_layer(
     weight_offset: float,
     scale: float,
     activation: int,
+    scales: Sequence[Tensor] = (),
 ) -> Tensor:
     """Norm, attention with rotary embedding over the paged cache, residual, norm, gated MLP, residual.
 
@@ -96,6 +98,9 @@ def decoder_layer(
         Factor on q · k.
     activation : int
         0 silu, 1 gelu_tanh, 2 gelu.
+    scales : sequence of Tensor
+        Nothing, or those of qkv, o, gate_up and down where all four are int8, from
+        :func:`~ensemble_decode.ops.linear.pack_int8` (on a CPU).
 
     Returns
     -------
@@ -141,6 +146,7 @@ def decoder_layer(
         weight_offset,
         scale,
         activation,
+        scales,
     )
 
 

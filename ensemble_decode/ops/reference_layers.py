@@ -19,9 +19,12 @@ BLOCK_SIZE = 16
 ACTIVATIONS = (F.silu, partial(F.gelu, approximate="tanh"), F.gelu)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out_fp32: bool = False) -> Tensor:
-    """x [..., K] · weightᵀ [K, N] + bias [N], summed in float32."""
-    y = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, out_fp32: bool = False, scale: Tensor | None = None
+) -> Tensor:
+    """x [..., K] · weightᵀ [K, N] · scale [N] + bias [N], summed in float32; scale, where weights are int8, is by row."""
+    weight = weight.float() if scale is None else weight.float() * scale.unsqueeze(1)
+    y = F.linear(x.float(), weight, None if bias is None else bias.float())
     return y if out_fp32 else y.to(x.dtype)
 
 
@@ -133,6 +136,7 @@ def decoder_layer(
     weight_offset: float,
     scale: float,
     activation: int,
+    scales: Sequence[Tensor] = (),
 ) -> Tensor:
     """One pre-norm decoder layer with the weights as matrices: qkv [(H + 2·Hkv)·D, E], o, gate_up [2·I, E], down."""
     dtype = hidden.dtype
@@ -140,7 +144,7 @@ def decoder_layer(
 
     def project(x: Tensor, weight: Tensor, bias: Tensor | None, index: int, segments: list[int]) -> Tensor:
         x = x.to(dtype)
-        y = linear(x, weight, bias, out_fp32=True)
+        y = linear(x, weight, bias, out_fp32=True, scale=scales[index] if scales else None)
         if lora and adapter is not None:
             y = y + lora_delta(x, lora[2 * index], lora[2 * index + 1], adapter, segments)
         return y

@@ -134,7 +134,9 @@ def test_ties_and_noise_of_minus_infinity(programs: dict[str, Path], judge: Judg
     flat = make_case(300, filters)
     flat.target[:] = torch.tensor([0.0, -0.0]).repeat(150)
     zeros = make_case(300, [(0.7, 5, 0.0, 1.0), (0.99, 5, 0.0, 1.0), (1.0, 3, 0.0, 1.0), (0.5, 0, 0.0, 1.0)] * 4)
-    zeros.target[:] = torch.tensor([0.0, -0.0, -1e-45]).repeat(100)  # the bound lies at zero, of either sign, or beside it
+    zeros.target[:] = torch.tensor([0.0, -0.0, -1e-45]).repeat(
+        100
+    )  # the bound lies at zero, of either sign, or beside it
     zeros.target[:, :2] = 1.0
     only = make_case(1, filters[:2])
     only.seed[:], only.position[:] = 16390493, 0  # its word rounds to u = 1

@@ -120,6 +120,7 @@ class Layer:
             "weight_offset": self.offset,
             "scale": attention.scaling,
             "activation": self.activation,
+            "scales": weights.pop("scales", []),
         }
 
     def paging(self, lengths: list[int], dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor], Tensor]:
