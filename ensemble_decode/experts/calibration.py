@@ -1,11 +1,13 @@
-"""The α of each axis: StereoSet's stereotype score at 50, within a budget of perplexity.
+"""The α of each axis: StereoSet's stereotype score at 50 where sentences still make sense, within a budget of perplexity.
 
 On one half of the target terms of each axis, its pair alone is scored at every α of a grid. SS there is a step function of
-few terms; its isotonic fit (the closest function that never rises, by pooling adjacent violators) gives |SS − 50| at every α.
-On a validation text, the perplexity of each pair alone bounds its α, and that of all pairs together is measured on a lattice within
-these bounds. log-perplexity is convex in α (log Σ exp of linear functions less a linear one), so between the lattice's points a
-linear interpolation errs upwards only, and what seems within the budget is. Of all combinations within it, the one with the least Σ |SS − 50| over the axes is taken, of
-equal ones the least perplexity. The other half of the terms then says what that does, with all pairs at work.
+few terms; its isotonic fit (the closest function that never rises, by pooling adjacent violators) says which α is enough.
+Pairs move one another's axes, so they are then scored together, on all axes of that half, at a lattice of α up to these; so is the
+perplexity of a validation text. log-perplexity is convex in α (log Σ exp of linear functions less a linear one), so between
+the lattice's points a linear interpolation errs upwards only, and what seems within the budget is. Of all combinations within it,
+those with the highest ICAT are taken, the mean of LMS · min(SS, 100 − SS) / 50 over the axes: SS at 50, but not at the price of
+sentences without a meaning. Among those that are as good but for the noise, it is the one of least perplexity. The other half of
+the terms then says what that does.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ UNBIASED = 50.0
 SYSTEMS = ("target", "calibrated")
 _LATTICE = 128  # most points of the lattice of α
 _FINE = 60_000  # most combinations that are searched by interpolation
+_CLOSE = 1.0  # points of ICAT that are not worth any perplexity: some dozen terms don't tell them apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +193,7 @@ class Calibrator:
         halves = split_terms(read_examples(self.data), self.settings.seed)
         fit, held = (draw(half, self.settings.examples) for half in halves)
         axes = {name: self._axis(name, domain, fit) for name, domain in self.axes.items()}
-        alpha = self._choose(axes)
+        alpha = self._choose(axes, [example for example in fit if example.domain in self.axes.values()])
         perplexity = dict(zip(SYSTEMS, self._perplexities([{}, alpha]), strict=True))
         metric = StereoSet()
         records = dict(zip(SYSTEMS, self._stereoset("held_out", held, [{}, alpha]), strict=True))
@@ -235,15 +238,20 @@ class Calibrator:
         return self._kept(f"stereoset_{name}", key, measure)
 
     # ── all pairs together ──────────────────────────────────────────────────────────────────────────────────────────
-    def _choose(self, axes: Mapping[str, Axis]) -> dict[str, float]:
+    def _choose(self, axes: Mapping[str, Axis], examples: Sequence[Example]) -> dict[str, float]:
         grid = self.settings.grid
         alone = iter(self._perplexities([{}, *({name: alpha} for name in axes for alpha in grid[1:])]))
         most = next(alone) * (1 + self.settings.budget)
         bounds = {name: within(grid, [next(alone) for _ in grid[1:]], most) for name in axes}
         levels = lattice([min(axis.alone, bounds[name]) for name, axis in axes.items()])
         points = [dict(zip(axes, values, strict=True)) for values in itertools.product(*levels)]
-        measured = np.log(self._perplexities(points)).reshape([len(level) for level in levels])
-        values = cheapest(list(axes.values()), levels, measured, self.settings.budget)
+        shape = [len(level) for level in levels]
+        measured = np.log(self._perplexities(points)).reshape(shape)
+        records = self._stereoset("together", examples, [{n: a for n, a in point.items() if a} for point in points])
+        domains = dict.fromkeys(self.axes.values())
+        scores = [StereoSet().estimates(listed) for listed in records]
+        icat = np.array([np.mean([found[f"ICAT/{domain}"].value for domain in domains]) for found in scores])
+        values = best_within(levels, measured, icat.reshape(shape), self.settings.budget)
         return dict(zip(axes, values, strict=True))
 
     def _perplexities(self, alphas: Sequence[Mapping[str, float]]) -> list[float]:
@@ -321,30 +329,32 @@ def lattice(most: Sequence[float]) -> list[list[float]]:
     return [np.linspace(0.0, value, count).tolist() if value > 0 else [0.0] for value in most]
 
 
-def cheapest(
-    axes: Sequence[Axis], levels: Sequence[Sequence[float]], log_perplexity: Values, budget: float
-) -> list[float]:
-    """The α of each axis with the least Σ |SS − 50| whose interpolated perplexity is within the budget.
+def best_within(levels: Sequence[Sequence[float]], log_perplexity: Values, icat: Values, budget: float) -> list[float]:
+    """The α of each axis: of those within the budget, the cheapest whose ICAT is close to the highest.
 
     Parameters
     ----------
     levels : sequence of sequences of float
         Of the lattice, from 0 up.
-    log_perplexity : float64 array, a dimension an axis
-        At the lattice's points; its first is the target's.
+    log_perplexity, icat : float64 array, a dimension an axis
+        At the lattice's points; the first is the target's. Between them both are interpolated.
     """
     free = sum(len(level) > 1 for level in levels)
     count = int(_FINE ** (1 / free)) if free else 1
     fine = [np.linspace(level[0], level[-1], min(count, 401)) if len(level) > 1 else np.zeros(1) for level in levels]
-    cost, values = np.zeros([1] * len(axes)), log_perplexity
-    for place, (axis, level, alphas) in enumerate(zip(axes, levels, fine, strict=True)):
-        shape = [len(alphas) if i == place else 1 for i in range(len(axes))]
-        cost = cost + np.abs(np.interp(alphas, axis.alphas, axis.fit) - UNBIASED).reshape(shape)
+    cost, gain = (_interpolated(values, levels, fine) for values in (log_perplexity, icat))
+    allowed = cost <= cost.flat[0] + math.log1p(budget) + 1e-12
+    best = gain[allowed].max()
+    close = allowed & (gain >= best - _CLOSE)
+    chosen = np.unravel_index(int(np.where(close, cost, np.inf).argmin()), cost.shape)
+    return [float(alphas[index]) for alphas, index in zip(fine, chosen, strict=True)]
+
+
+def _interpolated(values: Values, levels: Sequence[Sequence[float]], fine: Sequence[Values]) -> Values:
+    """Values at the lattice's points, linearly between them, one axis after another."""
+    for place, (level, alphas) in enumerate(zip(levels, fine, strict=True)):
         if len(level) > 1:
             moved = np.moveaxis(values, place, -1)
             rows = [np.interp(alphas, level, row) for row in moved.reshape(-1, len(level))]
             values = np.moveaxis(np.reshape(rows, (*moved.shape[:-1], len(alphas))), -1, place)
-    allowed = values <= values.flat[0] + math.log1p(budget) + 1e-12
-    order = np.lexsort((values.ravel(), np.round(np.where(allowed, cost, np.inf), 9).ravel()))
-    best = np.unravel_index(order[0], cost.shape)
-    return [float(alphas[index]) for alphas, index in zip(fine, best, strict=True)]
+    return values

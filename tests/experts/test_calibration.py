@@ -15,7 +15,7 @@ from ensemble_decode.corpora.stereoset import LABELS, Example, Sentence
 from ensemble_decode.experts.calibration import (
     Axis,
     CalibrationSettings,
-    cheapest,
+    best_within,
     lattice,
     never_rising,
     split_terms,
@@ -48,29 +48,43 @@ def test_alpha_of_an_axis_by_itself(ss: tuple[float, ...], alone: float, reaches
     assert (axis(*ss).alone, axis(*ss).reaches) == (alone, reaches)
 
 
-def test_within_the_budget_every_axis_gets_its_own_alpha() -> None:
-    axes = [axis(60, 50), axis(55, 50)]
+def test_within_the_budget_the_highest_icat_is_taken() -> None:
     levels = [[0.0, 0.5, 1.0]] * 2
-    flat = np.zeros((3, 3))
-    assert cheapest(axes, levels, flat, 0.0) == [1.0, 1.0]
+    icat = np.array([[70.0, 75.0, 80.0]] * 3) + np.array([[0.0], [10.0], [5.0]])
+    assert best_within(levels, np.zeros((3, 3)), icat, 0.0) == pytest.approx([0.5, 1.0], abs=0.1)
+
+
+def test_pairs_that_overshoot_together_are_both_held_back() -> None:
+    # Either alone is best at 1; together they take SS below 50, and the best lies where they add up to 1.
+    levels = [[0.0, 0.5, 1.0]] * 2
+    total = np.add.outer([0.0, 0.5, 1.0], [0.0, 0.5, 1.0])
+    first, second = best_within(levels, 0.01 * total, 90 - 40 * np.abs(total - 1), 1.0)
+    assert first + second == pytest.approx(1.0, abs=0.05)
 
 
 def test_over_the_budget_the_axis_that_gains_less_gives_way() -> None:
-    # Both cost the same; the first gains 10 points of SS, the second 5.
-    axes, levels = [axis(60, 50), axis(55, 50)], [[0.0, 1.0]] * 2
-    log_perplexity = np.log([[1.0, 1.1], [1.1, 1.21]])
-    first, second = cheapest(axes, levels, log_perplexity, 0.15)
-    assert first == 1.0
-    assert 0.44 < second < 0.47  # 1.1 · 1.1 ** α = 1.15
-    assert cheapest(axes, levels, log_perplexity, 0.0) == [0.0, 0.0]
+    # Both cost the same; the first gains 10 points of ICAT, the second 5.
+    levels = [[0.0, 1.0]] * 2
+    log_perplexity, icat = np.log([[1.0, 1.1], [1.1, 1.21]]), np.array([[70.0, 75.0], [80.0, 85.0]])
+    first, second = best_within(levels, log_perplexity, icat, 0.15)
+    assert first == pytest.approx(1.0, abs=0.02)
+    assert 0.2 < second < 0.47  # 1.1 · 1.1 ** α = 1.15 at 0.47, and a point of ICAT is a fifth of it
+    assert best_within(levels, log_perplexity, icat, 0.0) == [0.0, 0.0]
+
+
+def test_as_good_for_less_perplexity_is_better() -> None:
+    levels = [[0.0, 1.0, 2.0]]
+    (alpha,) = best_within(levels, np.array([0.0, 0.01, 0.09]), np.array([70.0, 84.5, 85.0]), 0.1)
+    assert alpha <= 1.0
 
 
 def test_the_interpolated_perplexity_of_a_convex_function_keeps_the_budget() -> None:
     levels = lattice([2.0, 3.0])
     exact = lambda a, b: 0.02 * a * a + 0.03 * b * b + 0.01 * a * b  # noqa: E731
     grid = np.array([[exact(a, b) for b in levels[1]] for a in levels[0]])
-    a, b = cheapest([axis(70, 60, 50), axis(70, 60, 55, 50)], levels, grid, 0.1)
-    assert 0.09 < np.expm1(exact(a, b)) <= 0.1
+    icat = 50 + 100 * np.add.outer(np.array(levels[0]) / 2, np.array(levels[1]) / 3)
+    a, b = best_within(levels, grid, icat, 0.1)
+    assert 0.085 < np.expm1(exact(a, b)) <= 0.1
 
 
 def test_the_bound_is_the_first_alpha_over_the_budget() -> None:
@@ -154,7 +168,7 @@ def test_the_command_calibrates_goes_on_and_writes_what_alpha_reads(
     assert "budget +5%" in said.out
     assert main([*command, "--out", str(tmp_path), "--budget", "0.05", "--json"]) == 0
     said = capsys.readouterr()
-    assert said.err.count("(kept)") == 6
+    assert said.err.count("(kept)") == 7
     assert said.out.encode() == first == (tmp_path / "calibration.json").read_bytes()
 
 
