@@ -202,11 +202,9 @@ PLANTED = {
     "waits and does not arrive": (TEAM, "    __cluster_barrier_arrive();\n", "", "plain"),
     "histograms cleared without a barrier": (
         SAMPLE, "memory.found_bin = kBins;\n    __syncthreads();", "memory.found_bin = kBins;", "thread"),
-    "reads another block's slice": (TEAM, "i / slice_)", "i / slice_ + 1)", "wrong"),
     "reads one past its slice": (
         TEAM, "owner)[i - static_cast<int>(owner) * slice_]", "owner)[slice_ + i - static_cast<int>(owner) * slice_]",
         "address"),
-    "ranks in another order": (SAMPLE, "static_cast<int>(team.rank()) * slice", "static_cast<int>(7 - team.rank()) * slice", "wrong"),
     "tail read by whole loads": (ROW, "past == 0 && at + n <= vocab", "past == 0", "address"),
     "second load past the row": (ROW, "at - shift + 2 * n <= vocab", "at <= vocab", "address"),
     "load before the row": (ROW, "at >= shift && ", "", "address"),
