@@ -44,6 +44,7 @@ def write_results(out: Path, docs: Path) -> Path:
         stages=stages,
         table=lambda stage, columns: table(stages[stage], columns),
         calibration=lambda: calibration_table(stages["calibration"]),
+        held_out=lambda: held_out_table(stages["calibration"]),
         figure=lambda stage, system, metric, key: with_interval(_figure(stages[stage], system, metric, key)),
         number=number,
     )
@@ -89,6 +90,17 @@ def calibration_table(calibration: Mapping[str, Any]) -> str:
         "p",
     ]
     return markdown(header, rows)
+
+
+def held_out_table(calibration: Mapping[str, Any]) -> str:
+    """What the calibrated α do, over all domains, on the terms they were not calibrated on."""
+    rows = []
+    for key in ("SS", "LMS", "ICAT"):
+        cells = [with_interval(Figure(**calibration["held_out"][name][key])) for name in ("target", "calibrated")]
+        test = calibration["differences"].get(key)
+        change = "" if test is None else f"{test['difference']:+.1f} [{test['low']:.1f}, {test['high']:.1f}]"
+        rows.append([key, *cells, change, "" if test is None else f"{test['p']:.2g}"])
+    return markdown(["held out", "target", "calibrated", "difference", "p"], rows)
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -111,7 +111,9 @@ class Recorder:
     # ── memory ──────────────────────────────────────────────────────────────────────────────────────────────────────
     def upload(self, data: Any, *, dtype: torch.dtype) -> torch.Tensor:
         self._not_captured("upload")
-        out = torch.tensor(data, dtype=dtype)
+        if not hasattr(data, "dtype"):
+            return torch.tensor(data, dtype=dtype)
+        out = torch.as_tensor(data.copy(), dtype=dtype)
         self._memory.pop(_key(out), None)
         return out
 

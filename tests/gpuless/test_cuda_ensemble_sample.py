@@ -255,7 +255,7 @@ def test_planted_bugs_are_found(name: str, planted: dict[str, Future]) -> None:
     finder = PLANTED[name][3]
     program = planted[name].result()
     if "queue" in name:  # long enough for several to be filled, a part of the tokens candidates
-        case = make_case(9001, [(0.9, 0, 0.0, 1.0)] * (3 if finder == "wrong" else 1), pairs=1, seed=1)
+        case = make_case(9001, [(0.9, 0, 0.0, 1.0)] * (24 if finder == "wrong" else 1), pairs=1, seed=1)
     else:
         case = make_case(1003, BUSY, pairs=1, nucleus="target", seed=1)
     cases = [case]
