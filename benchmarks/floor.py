@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from throughput import PAIR, busy_elsewhere, processor
+from throughput import IDLE, PAIR, busy_elsewhere, processor
 from tqdm import tqdm
 
 from ensemble_decode import LLM, ExpertPair
@@ -148,7 +148,7 @@ def table(data: dict[str, Any]) -> str:
             f"| {name} | {key[0]} | {key[1]} | {row['bytes'] / 1e6:.0f} | {row['kv'] / 1e6:.0f} | {row['operations'] / 1e9:.1f} "
             f"| {floor * 1e3:.1f} | {bound} | {row['step_s'] * 1e3:.1f} | {row['step_s'] / floor:.2f} | {ratio} |"
         )
-    if data["busy_elsewhere"] > 0.05:
+    if data["busy_elsewhere"] > IDLE:
         lines += ["", f"**Not idle**: other processes took {data['busy_elsewhere']:.2f} cores; don't publish this."]
     return "\n".join(lines)
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import psutil
-from throughput import PAIR, busy_elsewhere, processor
+from throughput import IDLE, PAIR, busy_elsewhere, processor
 from tqdm import tqdm
 
 from ensemble_decode import LLM, AsyncLLM, ExpertPair, SamplingParams
@@ -106,7 +106,7 @@ def markdown(data: dict[str, Any]) -> str:
             cells = ["–" if entry[key] is None else f"{entry[key]:.0f}" for key in keys]
             lines.append(f"| {mode} | {rate} | " + " | ".join(cells) + f" | {entry['failed']} of {entry['requests']} |")
     busy = max((entry["busy_elsewhere"] for rates in data["modes"].values() for entry in rates.values()), default=0.0)
-    if busy > 0.05:
+    if busy > IDLE:
         lines += ["", f"**Not idle**: other processes took up to {busy:.2f} cores; don't publish this."]
     return "\n".join(lines)
 

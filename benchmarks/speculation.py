@@ -21,7 +21,7 @@ from typing import Any
 
 from large_target import TEXT
 from peers import seconds
-from throughput import ALPHA, PAIR, busy_elsewhere, full_experts, processor
+from throughput import ALPHA, IDLE, PAIR, busy_elsewhere, full_experts, processor
 from tqdm import tqdm
 
 from ensemble_decode import LLM, ExpertPair, SamplingParams, Speculation
@@ -104,7 +104,7 @@ def table(data: dict[str, Any]) -> str:
             f"| {case['draft']} | {case['system']} | {case['text']} | {case['batch']} | {off:.0f} | {on:.0f} | {ratio:.2f} | "
             f"{drafted / new:.0%} | {share} | {new / forwards:.2f} |"
         )
-    if busy > 0.05:
+    if busy > IDLE:
         lines += ["", f"**Not idle**: other processes took up to {busy:.2f} cores; don't publish this."]
     return "\n".join(lines)
 
