@@ -16,8 +16,9 @@ from ensemble_decode.models.loading import Quantization, load_model, load_tokeni
 from ensemble_decode.models.lora import Adapter, load_adapter, put_adapters
 from ensemble_decode.ops.paged_attention import BLOCK_SIZE
 
-#: Largest difference between the fast and the original logits at load, root mean square relative to the logits' spread.
-_CHECK_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+#: Largest difference between the fast and the original logits at load, root mean square relative to the logits' spread, of
+#: models with so many layers at most.
+_CHECK_TOLERANCE, _CHECK_LAYERS = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}, 32
 _CHECK_TOKENS = 21
 
 
@@ -176,10 +177,12 @@ class Group:
         self.pool_adapters = pools
         self.k_cache, self.v_cache, self.blocks_per_pool = [], [], 0
         error = (torch.cat(parts) - expected).square().mean().sqrt() / expected.std()
-        if not error <= _CHECK_TOLERANCE[self.dtype]:
+        # Rounding differs in every layer, and such differences add up like random steps.
+        allowed = _CHECK_TOLERANCE[self.dtype] * max(1.0, self.num_layers / _CHECK_LAYERS) ** 0.5
+        if not error <= allowed:
             raise ValueError(
                 f"model {self.path!r}: {self.config.model_type}'s logits through the fast path differ from transformers' by "
-                f"{error:.1%} of their spread, allowed is {_CHECK_TOLERANCE[self.dtype]:.1%}: this architecture can't be served"
+                f"{error:.1%} of their spread, allowed is {allowed:.1%}: this architecture can't be served"
             )
 
 
