@@ -24,6 +24,10 @@ from ensemble_decode.engine.sweep import logprobs_at
 from ensemble_decode.models.ensemble import Ensemble
 from ensemble_decode.models.group import Group, Rows
 
+#: Placements are measured at steps of so many rows, each so often: one row is bound by reading weights, eight by arithmetic
+#: nearly. A group's share of the cores fits one model better than another, so lanes must be clearly faster.
+_PLACED_ROWS, _PLACING_ROUNDS, _LANES_GAIN = (1, 8), 4, 0.95
+
 
 class Runner:
     """Owns the KV pools of an ensemble and executes batches.
@@ -60,7 +64,7 @@ class Runner:
         for group in self.groups:
             group.allocate(num_blocks + 1)  # the last block is nobody's: a captured step's padding writes there
         self.device: Device = device_of(self.groups[0].k_cache[0]) if device is None else device
-        #: Seconds of one decode step by placement, as measured; empty where there was no choice.
+        #: Seconds of decode steps by placement, as measured; empty where there was no choice.
         self.measured: dict[str, float] = {}
         self._sampler = Sampler(Combination(ensemble, self.device.upload), self.device.upload)
         self.device.synchronize()  # weights and pools were made on another stream than those of the steps
@@ -92,23 +96,29 @@ class Runner:
     def _place(self, placement: Placement) -> None:
         parallel = self._new_lanes("lanes")
         if placement == "auto":
-            self.measured = {"sequential": self._measure(self._lanes), "lanes": self._measure(parallel)}
-            if self.measured["sequential"] <= self.measured["lanes"]:
+            self.measured = self._measure({"sequential": self._lanes, "lanes": parallel})
+            if self.measured["lanes"] > _LANES_GAIN * self.measured["sequential"]:
                 parallel.close()
                 return
         self._lanes = parallel
 
-    def _measure(self, lanes: Lanes | StreamLanes, rows: int = 4, rounds: int = 5) -> float:
-        """Fastest of a few decode steps of ``rows`` sequences through every group, in seconds."""
-        spans = [Span([0], 0, [0], tuple(range(self.layout.num_pools)), 1) for _ in range(rows)]
-        best = float("inf")
-        for _ in range(rounds):
-            start = time.perf_counter()
-            with self.device.on(MAIN):
-                self._forward(spans, lanes)
-            self.device.synchronize()
-            best = min(best, time.perf_counter() - start)
-        return best
+    def _measure(self, placements: dict[str, Lanes | StreamLanes]) -> dict[str, float]:
+        """Seconds of decode steps through every group: the fastest of a few of each size, turn by turn, summed over sizes."""
+        members = self.layout.member_pools
+        found = dict.fromkeys(placements, 0.0)
+        for rows in _PLACED_ROWS:
+            spans = [Span([0], 0, [0], members, 1) for _ in range(rows)]
+            best = dict.fromkeys(placements, float("inf"))
+            for _ in range(_PLACING_ROUNDS):
+                for name, lanes in placements.items():
+                    start = time.perf_counter()
+                    with self.device.on(MAIN):
+                        self._forward(spans, lanes)
+                    self.device.synchronize()
+                    best[name] = min(best[name], time.perf_counter() - start)
+            for name, seconds in best.items():
+                found[name] += seconds
+        return found
 
     # ── a step ──────────────────────────────────────────────────────────────────────────────────────────────────────
     @torch.inference_mode()
