@@ -21,7 +21,7 @@ from typing import Any
 
 from deepen import deepened_path
 from peers import load, seconds, transformers_alone, transformers_assisted, transformers_cached_pair
-from throughput import ALPHA, PAIR, busy_elsewhere, full_experts, processor
+from throughput import ALPHA, IDLE, PAIR, busy_elsewhere, full_experts, processor
 from tqdm import tqdm
 
 from ensemble_decode import LLM, ExpertPair, SamplingParams, Speculation
@@ -182,7 +182,7 @@ def markdown(data: dict[str, Any]) -> str:
                 lines.append(f"| {text} | {sign} {bound} | {value:.2f} | {'reached' if reached else 'missed'} |")
         lines.append("")
     head = f"{settings['factor']}× the blocks, bf16, batch 1, prompt {settings['prompt_tokens']}, {settings['new_tokens']} new tokens, {data['processor']}."
-    if max(busy, default=0) > 0.05:
+    if max(busy, default=0) > IDLE:
         head += f" **Not idle**: other processes took up to {max(busy):.2f} cores; don't publish this."
     return "\n".join([head + " A depth-expanded stand-in for a large model: speed only.", "", *lines])
 
@@ -224,7 +224,7 @@ def main() -> None:
     parser.add_argument("--noise", type=float, nargs="*", default=[], help="noises to measure, one after the other")
     parser.add_argument("--experts", nargs="+", default=["lora pair"], choices=["lora pair", "full experts"])
     parser.add_argument("--no-peers", dest="peers", action="store_false", help="leave transformers out")
-    parser.add_argument("--draft-tokens", type=int, default=4)
+    parser.add_argument("--draft-tokens", type=int, default=6)
     parser.add_argument("--prompt-tokens", type=int, default=96)
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)

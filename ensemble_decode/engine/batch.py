@@ -7,7 +7,7 @@ never sees a request.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from ensemble_decode.models.layout import Layout, PairLayout
 from ensemble_decode.ops.paged_attention import BLOCK_SIZE
@@ -17,6 +17,7 @@ __all__ = [
     "Batch",
     "Edits",
     "Layout",
+    "Mixture",
     "PairLayout",
     "SampleRow",
     "ScoreRow",
@@ -25,6 +26,9 @@ __all__ = [
     "StepOutput",
     "TokenLogprobs",
 ]
+
+#: Pools in ascending order, and the weight of each one's logits in a sum.
+Mixture: TypeAlias = tuple[tuple[int, float], ...]
 
 
 @dataclass(slots=True)
@@ -72,7 +76,7 @@ class Edits:
 class SampleRow:
     """One token to sample, from output ``output`` of span ``span`` (view 0 of its sequence) and of its steering's spans.
 
-    ``pool`` set: from that pool's own logits, without steering; so a draft is sampled.
+    ``mixture`` not empty: from that sum of pools' logits, without steering; so a draft is sampled.
     """
 
     span: int
@@ -87,7 +91,7 @@ class SampleRow:
     logprobs: int = -1  # -1: none; k ≥ 0: the sampled token's and the k best
     edits: Edits | None = None
     output: int = -1  # counted among the span's outputs; -1: the last
-    pool: int | None = None
+    mixture: Mixture = ()
 
 
 @dataclass(slots=True)

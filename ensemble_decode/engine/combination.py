@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ensemble_decode.engine.batch import Steering
+from ensemble_decode.engine.batch import Mixture, Steering
 from ensemble_decode.engine.device import Upload
 from ensemble_decode.models.ensemble import Ensemble
 from ensemble_decode.models.group import Group
@@ -131,9 +131,22 @@ class Combination:
                 expert[place, rows] = difference_logits(group, change)[:, :size]
         return z, expert, anti, alpha
 
-    def pool_logits(self, hidden: Hidden, pool: int, spans: list[int], offsets: list[int]) -> torch.Tensor:
-        """Logits [rows, V] of one pool by itself, in whatever group: what a draft is sampled from."""
-        logits = self._side_logits(hidden, [(span, pool) for span in spans], offsets)
+    def mixture_logits(
+        self, hidden: Hidden, mixtures: list[Mixture], spans: list[int], offsets: list[int]
+    ) -> torch.Tensor:
+        """Weighted sums of the same pools' logits, [rows, V], in whatever group: what drafts are sampled from.
+
+        The pools share one head, and weights of 1 in sum leave its bias as it is: W·Σ w h + b = Σ w (W·h + b).
+        """
+        states = [
+            self._states(hidden, [(span, pool) for span in spans], offsets) for pool in (p for p, _ in mixtures[0])
+        ]
+        state = states[0]
+        if len(states) > 1:
+            weights = self._upload([[weight for _, weight in mixture] for mixture in mixtures], dtype=torch.float32)
+            state = (weights.unsqueeze(2) * torch.stack(states, 1).float()).sum(1).to(state.dtype)
+        group = self.groups[self.ensemble.pools[mixtures[0][0][0]].group]
+        logits = group.logits(state)[:, : self.layout.vocab_size]
         missing = self.layout.vocab_size - logits.shape[1]  # a draft model's head may be padded less than the target's
         return torch.nn.functional.pad(logits, (0, missing), value=float("-inf")) if missing else logits
 

@@ -102,7 +102,7 @@ class LLM:
             raise ValueError(f"seed is {seed!r}, allowed is an integer")
         if not isinstance(enable_prefix_caching, bool):
             raise ValueError(f"enable_prefix_caching is {enable_prefix_caching!r}, allowed are True and False")
-        draft = None if speculation is None else speculation.model
+        draft = None if speculation is None or speculation.draft == "ngram" else speculation.draft
         self.ensemble = load_ensemble(
             str(model),
             pairs,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ensemble_decode.engine.batch import Edits, SampleRow, Steering, TokenLogprobs
+from ensemble_decode.engine.batch import Edits, Mixture, SampleRow, Steering, TokenLogprobs
 from ensemble_decode.engine.drafting import Acceptance, NgramIndex
 from ensemble_decode.engine.outputs import FinishReason, RequestMetrics
 from ensemble_decode.engine.params import SamplingParams, sample_seed
@@ -16,8 +16,8 @@ class View:
     """One token sequence that some pools compute: a prompt, followed by the generated tokens.
 
     ``computed`` tokens from the start have their keys and values in the cache, ``registered`` full blocks are known to the
-    block manager by content. Where a pool of ``pools`` only drafts it is ``draft_pool``: it computes prompts with the
-    others, is left out while decoding, and holds the first ``drafted`` tokens.
+    block manager by content. Those of ``pools`` that only draft are ``draft_pools``: they compute prompts with the
+    others, are left out while decoding, and hold the first ``drafted`` tokens.
     """
 
     tokens: list[int]
@@ -25,7 +25,7 @@ class View:
     table: list[int] = field(default_factory=list)
     computed: int = 0
     registered: int = 0
-    draft_pool: int | None = None
+    draft_pools: tuple[int, ...] = ()
     drafted: int = 0
 
     @property
@@ -34,12 +34,12 @@ class View:
 
     @property
     def decode_pools(self) -> tuple[int, ...]:
-        return tuple(pool for pool in self.pools if pool != self.draft_pool)
+        return tuple(pool for pool in self.pools if pool not in self.draft_pools)
 
     @property
     def full_blocks(self) -> int:
         """Blocks that are full and computed in every pool."""
-        known = self.computed if self.draft_pool is None else min(self.computed, self.drafted)
+        known = self.computed if not self.draft_pools else min(self.computed, self.drafted)
         return min(known // BLOCK_SIZE, len(self.table))
 
     def hold(self, tokens: int) -> None:
@@ -60,6 +60,18 @@ class ActivePair:
     alpha: float
     expert_view: int
     anti_expert_view: int
+
+
+@dataclass(frozen=True, slots=True)
+class Drafter:
+    """What drafts for a request: the ``mixture`` of pools that see its view ``view``."""
+
+    view: int
+    mixture: Mixture
+
+    @property
+    def pools(self) -> tuple[int, ...]:
+        return tuple(pool for pool, _ in self.mixture)
 
 
 @dataclass(slots=True, eq=False)
@@ -125,9 +137,9 @@ class Sequence:
         draft: list[int],
         *,
         output: int = -1,
-        pool: int | None = None,
+        mixture: Mixture = (),
     ) -> SampleRow:
-        """The row that samples the token after ``draft``; from ``pool`` alone where that drafts."""
+        """The row that samples the token after ``draft``; from a ``mixture`` where that drafts."""
         params = self.request.params
         return SampleRow(
             first_span,
@@ -136,13 +148,13 @@ class Sequence:
             min(max(params.top_k, 0), vocab_size),
             params.top_p,
             params.min_p,
-            params.nucleus if pool is None else "combined",
+            params.nucleus if not mixture else "combined",
             self.seed,
             len(self.views[0].tokens) + len(draft),
-            -1 if params.logprobs is None or pool is not None else params.logprobs,
+            -1 if params.logprobs is None or mixture else params.logprobs,
             self.edits(eos, draft),
             output,
-            pool,
+            mixture,
         )
 
     def edits(self, eos: tuple[int, ...], draft: tuple[int, ...] | list[int] = ()) -> Edits | None:
@@ -189,8 +201,7 @@ class Request:
     sequences: list[Sequence] = field(default_factory=list)
     prompt_scores: list[TokenLogprobs] = field(default_factory=list)
     prompt_set: set[int] = field(default_factory=set)
-    draft_pool: int | None = None  # the model that drafts, and which view it sees
-    draft_view: int = 0
+    drafter: Drafter | None = None
 
     @property
     def scores_prompt(self) -> bool:

@@ -28,10 +28,10 @@ class Sampler:
         output = StepOutput([-1] * len(rows), [None] * len(rows))
         plain: list[int] = []  # the combination is all that anyone asks for
         whole: list[int] = []  # z is needed by itself
-        drafts: dict[int, list[int]] = {}  # by the pool whose logits they come from
+        drafts: dict[tuple[int, ...], list[int]] = {}  # by the pools whose logits they come from
         for index, row in enumerate(rows):
-            if row.pool is not None:
-                drafts.setdefault(row.pool, []).append(index)
+            if row.mixture:
+                drafts.setdefault(tuple(pool for pool, _ in row.mixture), []).append(index)
                 continue
             needs_target = row.steering and (row.nucleus == "target" or row.logprobs >= 0)
             (whole if needs_target or not self.combination.combines_hidden(row.steering) else plain).append(index)
@@ -60,8 +60,8 @@ class Sampler:
             [spans[row.span].outputs - 1 if row.output < 0 else row.output for row in part],
         )
         expert = anti = alpha = None
-        if part[0].pool is not None:
-            z = self.combination.pool_logits(hidden, part[0].pool, at, offsets)
+        if part[0].mixture:
+            z = self.combination.mixture_logits(hidden, [row.mixture for row in part], at, offsets)
         elif combine:
             z = self.ensemble.target.logits(self.combination.combined_hidden(hidden, at, steering, offsets))[
                 :, : self.ensemble.layout.vocab_size

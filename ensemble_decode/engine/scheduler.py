@@ -282,7 +282,7 @@ class Scheduler:
                 continue  # the budget ended before this view; the spans of an incomplete chunk are not referred to
             tokens = view.tokens[-1:] if last and count == 1 else view.tokens[start:end]
             pools = view.decode_pools if decodes else view.pools
-            batch.drafts |= view.draft_pool in pools
+            batch.drafts |= not set(view.draft_pools).isdisjoint(pools)
             batch.spans.append(Span(tokens + draft, start, view.table, pools, 1 + len(draft) if last else 0))
             if decodes:
                 view.computed = end  # what is drafted counts once it is accepted
@@ -322,7 +322,7 @@ class Scheduler:
     def _fork(self, leader: Sequence) -> Iterator[Sequence]:
         """The other samples of a prompt that is computed in this step. Each shares the prompt's full blocks."""
         for index in range(1, leader.request.params.n):
-            views = [View(list(view.tokens), view.pools, draft_pool=view.draft_pool) for view in leader.views]
+            views = [View(list(view.tokens), view.pools, draft_pools=view.draft_pools) for view in leader.views]
             sequence = Sequence(leader.request, index, views)
             leader.request.sequences.append(sequence)
             if len(self.running) < self.max_num_seqs and self._share(leader, sequence):

@@ -5,9 +5,11 @@ computes the drafted positions like any other, samples each with the noise of it
 they are the drafted ones, and the first that is not. Whatever the draft, the text is the one without it.
 
 A model drafts with the same parameters and noise, from its own logits: where it agrees with the ensemble about the
-distribution, it draws the same token. Its keys and values live in a pool under the sequence's own block table. A
-member of the sequence's pairs has them computed again in the verification, together with everyone's; a model that only
-drafts is left out there and catches up on what it has not seen when it next drafts.
+distribution, it draws the same token. Where expert and anti-expert are adapters over one small model, that model and both
+of them draft as rows of one forward, by the ensemble's own formula with the small model in the target's place. Keys and
+values live in pools under the sequence's own block table. A member of the sequence's pairs has them computed again in the
+verification, together with everyone's; a model that only drafts is left out there and catches up on what it has not seen
+when it next drafts.
 """
 
 from __future__ import annotations
@@ -19,9 +21,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike, fspath
 
-from ensemble_decode.engine.batch import Batch, SampleRow, Span, Steering, StepOutput
+from ensemble_decode.engine.batch import Batch, Mixture, SampleRow, Span, Steering, StepOutput
 from ensemble_decode.engine.drafting import Acceptance, Candidate, Costs, NgramIndex, Seconds, best_depths
-from ensemble_decode.engine.request import ActivePair, Request, Sequence
+from ensemble_decode.engine.request import ActivePair, Drafter, Request, Sequence
 from ensemble_decode.engine.scheduler import Scheduler, Taken
 from ensemble_decode.models.layout import Layout
 from ensemble_decode.ops.paged_attention import BLOCK_SIZE
@@ -48,7 +50,8 @@ class Speculation:
     Parameters
     ----------
     draft : str or path
-        "expert": the expert of a request's first pair. "ngram": what followed in prompt or output the last time. Else a
+        "expert": the expert of a request's first pair; where the pair is adapters over a model other than the target,
+        that model, steered as the target is. "ngram": what followed in prompt or output the last time. Else a
         model of the same vocabulary, hub id or folder, or a LoRA adapter over the target.
     tokens : int
         Most tokens drafted in a step, 1 … 16.
@@ -75,11 +78,6 @@ class Speculation:
             raise ValueError(f"Speculation: tokens is {self.tokens!r}, allowed is 1 … {_MOST_TOKENS}")
         if not isinstance(self.adaptive, bool):
             raise ValueError(f"Speculation: adaptive is {self.adaptive!r}, allowed are True and False")
-
-    @property
-    def model(self) -> str | None:
-        """The draft model to load; None where nothing is loaded for drafting."""
-        return None if self.draft in ("expert", "ngram") else str(self.draft)
 
 
 class Speculator:
@@ -133,44 +131,48 @@ class Speculator:
 
     # ── who drafts ──────────────────────────────────────────────────────────────────────────────────────────────────
     def assign(self, request: Request) -> None:
-        """Choose the pool and the view that draft for a new request; none where it could not pay."""
-        found = self._member(request.pairs) if self.config.draft == "expert" else None
-        if found is None and self.config.draft != "ngram":
-            pool = self.layout.pairs[0].expert_pool if self.config.draft == "expert" else self.layout.draft_pool
-            found = None if pool is None or pool == self.layout.target_pool else (pool, 0)
+        """Choose what drafts for a new request, and the view that it sees; nothing where it could not pay."""
+        if self.config.draft == "ngram":
+            return
+        found = self._drafter(request.pairs)
         if found is None:
             return
-        pool, view = found
         leader = request.sequences[0]
-        if pool not in leader.views[view].pools:
-            limit = self.layout.draft_len if pool == self.layout.draft_pool else self.layout.max_model_len
-            longest = len(leader.views[view].tokens) + request.params.max_tokens
+        view = leader.views[found.view]
+        strangers = tuple(pool for pool in found.pools if pool not in view.pools)  # no members of the request's pairs
+        if strangers:
+            own = strangers == (self.layout.draft_pool,)  # a draft model with limits of its own
+            limit = self.layout.draft_len if own else self.layout.max_model_len
+            longest = len(view.tokens) + request.params.max_tokens
             if min(longest, self.layout.max_model_len) > limit or request.score_only:
                 return
-            if pool == self.layout.draft_pool and max(leader.views[view].tokens) >= self.layout.draft_vocab:
+            if own and max(view.tokens) >= self.layout.draft_vocab:
                 return
-            if self.config.adaptive and not self._could_pay(pool, leader):
+            if self.config.adaptive and not self._could_pay(found.pools, leader):
                 return
-            leader.views[view].draft_pool = pool
-            leader.views[view].pools = tuple(sorted({*leader.views[view].pools, pool}))
-        request.draft_pool, request.draft_view = pool, view
+            view.draft_pools = strangers
+            view.pools = tuple(sorted({*view.pools, *strangers}))
+        request.drafter = found
 
-    def _member(self, pairs: list[ActivePair]) -> tuple[int, int] | None:
-        """Pool and view of the first active pair whose expert is not the target itself."""
-        for active in pairs:
-            pool = self.layout.pairs[active.pair].expert_pool
-            if pool != self.layout.target_pool:
-                return pool, active.expert_view
+    def _drafter(self, pairs: list[ActivePair]) -> Drafter | None:
+        """The draft model; or the expert of the first active pair that has one, else of the first pair of all."""
+        layout = self.layout
+        if self.config.draft != "expert":
+            pool = layout.draft_pool
+            return None if pool is None or pool == layout.target_pool else Drafter(0, ((pool, 1.0),))
+        for active in [*pairs, ActivePair(0, 0.0, 0, 0)]:
+            if layout.pairs[active.pair].expert_pool != layout.target_pool:
+                return Drafter(active.expert_view, draft_mixture(layout, active, pairs))
         return None
 
-    def _could_pay(self, pool: int, sequence: Sequence) -> bool:
+    def _could_pay(self, pools: tuple[int, ...], sequence: Sequence) -> bool:
         step = _Step([sequence])
         candidate = Candidate(_BEST_RATE, self.config.tokens, step.rows)
-        return best_depths([candidate], 1.0, step.rows, 0.0, *self._seconds(step.pools, pool)) != [0]
+        return best_depths([candidate], 1.0, step.rows, 0.0, *self._seconds(step.pools, pools)) != [0]
 
-    def _seconds(self, pools: tuple[int, ...], pool: int | None) -> tuple[Seconds, Seconds | None]:
-        """What a verifying step through ``pools`` takes, and what one of the draft model in ``pool`` does."""
-        return partial(self.costs.curve, pools), None if pool is None else partial(self.costs.curve, (pool,))
+    def _seconds(self, pools: tuple[int, ...], drafting: tuple[int, ...] | None) -> tuple[Seconds, Seconds | None]:
+        """What a verifying step through ``pools`` takes, and what one of the ``drafting`` pools does."""
+        return partial(self.costs.curve, pools), None if drafting is None else partial(self.costs.curve, drafting)
 
     # ── before a step ───────────────────────────────────────────────────────────────────────────────────────────────
     def propose(self, scheduler: Scheduler, execute: Execute) -> None:
@@ -217,15 +219,16 @@ class Speculator:
 
     @staticmethod
     def _can_draft(sequence: Sequence) -> bool:
-        pool = sequence.request.draft_pool
-        return pool is not None and pool in sequence.views[sequence.request.draft_view].pools
+        drafter = sequence.request.drafter
+        return drafter is not None and set(drafter.pools) <= set(sequence.views[drafter.view].pools)
 
     def _depths(self, decoding: list[Sequence], most: dict[Sequence, int]) -> dict[Sequence, int]:
         """The depths that pay, and now and then one token for a sequence whose drafts don't: text changes."""
         step = _Step(decoding)
         candidates = [self._candidate(sequence, tokens, step) for sequence, tokens in most.items()]
         # All draft with one model or its like: the first one's forward stands for all.
-        seconds = self._seconds(step.pools, next(iter(most)).request.draft_pool)
+        drafter = next(iter(most)).request.drafter
+        seconds = self._seconds(step.pools, None if drafter is None else drafter.pools)
         depths = best_depths(candidates, len(decoding), step.rows, step.keys, *seconds)
         found = dict(zip(most, depths, strict=True))
         idle = None
@@ -249,11 +252,11 @@ class Speculator:
         seconds: tuple[Seconds, Seconds | None],
     ) -> None:
         """Draft one token for a sequence, if there is credit for it and drafts that are accepted would pay."""
-        mine, pool = candidates[list(depths).index(sequence)], sequence.request.draft_pool
+        mine, drafter = candidates[list(depths).index(sequence)], sequence.request.drafter
         more = self.costs.seconds(step.pools, step.rows + mine.rows, step.keys + mine.rows * mine.keys)
         cost = more - self.costs.seconds(step.pools, step.rows, step.keys)
-        if pool is not None:
-            cost += self.costs.seconds((pool,), mine.unseen, mine.unseen * mine.keys)
+        if drafter is not None:
+            cost += self.costs.seconds(drafter.pools, mine.unseen, mine.unseen * mine.keys)
         if cost > self._credit:
             return
         hopeful = [replace(candidate, rate=_BEST_RATE) for candidate in candidates]
@@ -273,9 +276,9 @@ class Speculator:
     def _candidate(self, sequence: Sequence, most: int, step: _Step) -> Candidate:
         assert sequence.acceptance is not None
         unseen = 1
-        if self.config.draft != "ngram":
-            view = sequence.views[sequence.request.draft_view]
-            if view.draft_pool is not None:
+        if sequence.request.drafter is not None:
+            view = sequence.views[sequence.request.drafter.view]
+            if view.draft_pools:
                 unseen = len(view.tokens) - view.drafted
         rows, keys = step.of(sequence)
         return Candidate(sequence.acceptance.beside(self._prior.rate), most, rows, keys / rows, unseen)
@@ -288,25 +291,30 @@ class Speculator:
                 return
             batch = Batch([], [], copies=scheduler.take_copies(), drafts=True)
             for sequence in active:
-                request = sequence.request
-                pool, view = request.draft_pool, sequence.views[request.draft_view]
-                assert pool is not None
-                known = view.computed if view.draft_pool is None else view.drafted
+                drafter = sequence.request.drafter
+                assert drafter is not None
+                view = sequence.views[drafter.view]
+                known = view.drafted if view.draft_pools else view.computed
                 if depth:
                     tokens, begin = sequence.draft[-1:], len(view.tokens) + depth - 1
                 else:
                     tokens, begin = view.tokens[known:], known
-                if view.draft_pool is not None:
+                if view.draft_pools:
                     view.drafted = begin + len(tokens)
                 batch.samples.append(
                     sequence.sample_row(
-                        len(batch.spans), (), scheduler.eos, self.layout.vocab_size, sequence.draft, pool=pool
+                        len(batch.spans),
+                        (),
+                        scheduler.eos,
+                        self.layout.vocab_size,
+                        sequence.draft,
+                        mixture=drafter.mixture,
                     )
                 )
-                batch.spans.append(Span(tokens, begin, view.table, (pool,), 1))
+                batch.spans.append(Span(tokens, begin, view.table, drafter.pools, 1))
             start = time.perf_counter()
             output = execute(batch)
-            if len({row.pool for row in batch.samples}) == 1:
+            if len({span.pools for span in batch.spans}) == 1:
                 self.costs.observe(*load_of(batch), time.perf_counter() - start)
             for sequence, token in zip(active, output.tokens, strict=True):
                 if token >= 0:
@@ -352,9 +360,28 @@ class Speculator:
 
     def _check_vocabulary(self, sequence: Sequence) -> None:
         """A draft model with a smaller embedding can't read every token; with one of those, it is out."""
-        view = sequence.views[sequence.request.draft_view]
-        if view.draft_pool == self.layout.draft_pool is not None and view.tokens[-1] >= self.layout.draft_vocab:
-            view.pools, view.draft_pool = view.decode_pools, None
+        view = sequence.views[0]
+        if view.draft_pools == (self.layout.draft_pool,) and view.tokens[-1] >= self.layout.draft_vocab:
+            view.pools, view.draft_pools = view.decode_pools, ()
+
+
+def draft_mixture(layout: Layout, first: ActivePair, pairs: list[ActivePair]) -> Mixture:
+    """What stands for the ensemble in a draft: z₀ + Σ α(z⁺ − z⁻), z₀ of the small model under the adapters of these pairs.
+
+    Of ``first`` and the other ``pairs`` those count whose sides are adapters over the same model and see the same text. Where
+    the first pair's are not, its expert drafts alone: a forward for each side would cost more than agreement gains.
+    """
+    base = layout.pairs[first.pair].base_pool
+    if base is None or first.expert_view != first.anti_expert_view:
+        return ((layout.pairs[first.pair].expert_pool, 1.0),)
+    weights = {base: 1.0}
+    for active in [first, *(other for other in pairs if other.pair != first.pair)]:
+        pair = layout.pairs[active.pair]
+        if pair.base_pool == base and {active.expert_view, active.anti_expert_view} == {first.expert_view}:
+            for pool, weight in ((pair.expert_pool, active.alpha), (pair.anti_expert_pool, -active.alpha)):
+                assert pool is not None
+                weights[pool] = weights.get(pool, 0.0) + weight
+    return tuple(sorted((pool, weight) for pool, weight in weights.items() if weight))
 
 
 class _Step:
@@ -404,8 +431,12 @@ def measure_costs(
         kinds.setdefault(tuple(sorted({target, pair.expert_pool, anti})), (index,))
     kinds.setdefault(layout.member_pools, tuple(range(len(layout.pairs))))
     if config.draft == "expert":
-        for pair in layout.pairs:
-            kinds.setdefault((pair.expert_pool,), ())
+        every = [
+            ActivePair(index, 1.0, pair.expert_view, pair.anti_expert_view) for index, pair in enumerate(layout.pairs)
+        ]
+        for active in every:
+            for company in ([], every):  # alone, and with all that may draft beside it
+                kinds.setdefault(tuple(pool for pool, _ in draft_mixture(layout, active, company)), ())
     elif config.draft != "ngram" and layout.draft_pool is not None:
         kinds.setdefault((layout.draft_pool,), ())
     most = 2 * max_num_seqs * (config.tokens + 1)
@@ -433,9 +464,9 @@ def _measured_batch(pools: tuple[int, ...], pairs: tuple[int, ...], target: int,
     """A token a row at position ``start``. All rows share their blocks: what is in them doesn't matter."""
     table = list(range(start // BLOCK_SIZE + 1))
     spans = [Span([0], start, table, pools, 1) for _ in range(rows)]
-    pool = None if target in pools else pools[0]
+    mixture = () if target in pools else tuple((pool, 1 / len(pools)) for pool in pools)
     samples = []
     for row in range(rows):
         steering = tuple(Steering(pair, 1.0, row, row) for pair in pairs)
-        samples.append(SampleRow(row, steering, 1.0, 0, 0.9, 0.0, "combined", row, start + 1, pool=pool))
+        samples.append(SampleRow(row, steering, 1.0, 0, 0.9, 0.0, "combined", row, start + 1, mixture=mixture))
     return Batch(spans, samples)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +60,12 @@ def load_ensemble(
     dtype: str | torch.dtype = "auto",
     device: str = "auto",
     max_model_len: int | None = None,
-    draft: str | None = None,
+    draft: str | PathLike[str] | None = None,
     quantization: Quantization | None = None,
 ) -> Ensemble:
-    """Load a target, its pairs and perhaps a ``draft`` model; members on the same weights share one group.
+    """Load a target, its pairs and perhaps what drafts; members on the same weights share one group.
+
+    ``draft`` is a model, or "expert": then small models whose adapters are pairs are there without an adapter as well.
 
     Raises
     ------
@@ -89,9 +91,12 @@ def load_ensemble(
         members[expert] = None
         if anti is not None:
             members[anti] = None
-    drafter = None if draft is None else _member(draft, target)
+    drafter = None if draft is None or draft == "expert" else _member(fspath(draft), target)
     if drafter is not None:
         members.setdefault(drafter)
+    bases = _small_bases(sides, target) if draft == "expert" else {}
+    for key in bases.values():
+        members.setdefault((key, None))
     weights = list(dict.fromkeys(key for key, _ in members))
     for key in weights:
         check_checkpoint(key)
@@ -112,6 +117,12 @@ def load_ensemble(
         serving = [group for group, key in zip(groups, weights, strict=True) if key != drafter[0] or key == target]
     vocab_size = _common_vocabulary(serving)
     layout = _layout(named, sides, pool_of, pool_of[target, None], vocab_size, _model_len(serving, max_model_len))
+    if bases:
+        paired = (
+            replace(pair, base_pool=pool_of[bases[pair.name], None] if pair.name in bases else None)
+            for pair in layout.pairs
+        )
+        layout = replace(layout, pairs=tuple(paired))
     if drafter is not None:
         group = groups[weights.index(drafter[0])]
         layout = replace(
@@ -135,6 +146,17 @@ def _member(path: str, base: str) -> tuple[str, str | None]:
     if Path(path).is_dir() and not (Path(path) / "config.json").exists():
         raise ValueError(f"expert {path!r}: neither config.json (a model) nor {CONFIG} (a LoRA adapter) is in it")
     return _key(path), None
+
+
+def _small_bases(
+    sides: dict[str, tuple[tuple[str, str | None], tuple[str, str | None] | None]], target: str
+) -> dict[str, str]:
+    """The weights that both sides of a pair run on, by the pair's name, where these are not the target's."""
+    return {
+        name: expert[0]
+        for name, (expert, anti) in sides.items()
+        if anti is not None and expert[0] == anti[0] != target and expert != anti
+    }
 
 
 def _as_pair(name: str, pair: ExpertPair | str | PathLike[str]) -> ExpertPair:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class PairLayout:
     """Where a pair's logits come from: the pool and the view of each side.
 
-    ``anti_expert_pool`` is None when the pair has no anti-expert: its z⁻ is then the target's own z.
+    ``anti_expert_pool`` is None when the pair has no anti-expert: its z⁻ is then the target's own z. ``base_pool`` is the
+    bare model under both sides' adapters, where that is not the target and stands for it in drafts.
     """
 
     name: str
@@ -18,6 +19,7 @@ class PairLayout:
     anti_expert_pool: int | None
     expert_view: int = 0
     anti_expert_view: int = 0
+    base_pool: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

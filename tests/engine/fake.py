@@ -117,9 +117,14 @@ class FakeRunner:
             assert span.outputs >= 1, "a row samples from a span without outputs"
             assert row.output < span.outputs
             later = 0 if row.output < 0 else span.outputs - 1 - row.output  # tokens of the span behind this row's
-            own = self._read(span, self.layout.target_pool if row.pool is None else row.pool, later)
-            if row.pool is not None:
+            pools = [pool for pool, _ in row.mixture] or [self.layout.target_pool]
+            own = self._read(span, pools[0], later)
+            if row.mixture:
                 assert not row.steering
+                assert all(self._read(span, pool, later) == own for pool in pools), (
+                    "drafting pools disagree about the text"
+                )
+                assert abs(sum(weight for _, weight in row.mixture) - 1) < 1e-6
                 output.tokens.append(self.draft(own, row))
                 output.logprobs.append(None)
                 continue

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +19,9 @@ from ensemble_decode.engine.async_llm import AsyncLLM
 from ensemble_decode.engine.batch import Batch, SampleRow, StepOutput
 from ensemble_decode.engine.drafting import Candidate, Costs, NgramIndex, best_depths
 from ensemble_decode.engine.engine import Engine
-from ensemble_decode.engine.speculation import load_of
+from ensemble_decode.engine.request import ActivePair
+from ensemble_decode.engine.speculation import draft_mixture, load_of
+from ensemble_decode.models.layout import PairLayout
 from tests.conftest import VOCAB as MODEL_VOCAB
 from tests.conftest import Models
 
@@ -28,7 +32,15 @@ QUIET = settings(
 )
 #: A draft model of its own, in a pool of its own.
 WITH_MODEL = replace(LAYOUT, num_pools=5, draft_pool=4, draft_len=120, draft_vocab=VOCAB - 2)
-DRAFTS = {"ngram": LAYOUT, "expert": LAYOUT, "model": WITH_MODEL}
+#: "gender" is two adapters over a small model, whose own pool is the last.
+WITH_BASE = replace(LAYOUT, num_pools=5, pairs=(replace(LAYOUT.pairs[0], base_pool=4), *LAYOUT.pairs[1:]))
+#: name → what drafts, and the layout in which it does.
+DRAFTS = {
+    "ngram": ("ngram", LAYOUT),
+    "expert": ("expert", LAYOUT),
+    "experts over a base": ("expert", WITH_BASE),
+    "model": ("model", WITH_MODEL),
+}
 
 alphas = st.sampled_from(
     [None, 0.0, 1.0, {"gender": 1.5}, {"tone": -0.5}, {"guide": 2.0}, {"gender": 0.5, "tone": 1.0, "guide": -1.0}]
@@ -87,8 +99,7 @@ class Oracle:
 @given(st.data())
 def test_text_is_that_without_speculation(data: st.DataObject) -> None:
     """Whatever is drafted, in whatever company, with room for all or for few: what the definition says."""
-    draft = data.draw(st.sampled_from(sorted(DRAFTS)))
-    layout = DRAFTS[draft]
+    draft, layout = DRAFTS[data.draw(st.sampled_from(sorted(DRAFTS)))]
     work = data.draw(
         st.lists(
             st.tuples(
@@ -145,6 +156,7 @@ def pairs_of(kind: str, models: Models) -> dict[str, ExpertPair]:
     return {
         "no pair": {},
         "lora pair": {"a": lora},
+        "small base": {"a": ExpertPair(plus, minus, base=models.model("llama", 4))},
         "full experts": {"a": full},
         "prompts": {"a": ExpertPair.from_prompts(anti_expert="", alpha=0.6)},
         "several": {"a": lora, "b": full, "c": ExpertPair.from_prompts(anti_expert="", alpha=0.6)},
@@ -176,6 +188,7 @@ CASES = [
     ("no pair", "ngram", "float32"),
     ("no pair", "other", "float32"),
     ("lora pair", "expert", "float32"),
+    ("small base", "expert", "float32"),
     ("full experts", "expert", "float32"),
     ("prompts", "same", "float32"),
     ("several", "expert", "float32"),
@@ -242,6 +255,45 @@ def test_wrong_options(options: dict, message: str) -> None:
         Speculation(**options)
 
 
+def test_a_base_that_is_as_the_target_drafts_all_tokens(models: Models, tmp_path: Path) -> None:
+    """By the ensemble's own formula over the experts' small model: steered or not, all of a draft is accepted."""
+    twin = shutil.copytree(models.model("llama"), tmp_path / "twin")
+    pair = ExpertPair(models.adapter("llama", 1), models.adapter("llama", 2), base=str(twin))
+    speculation = Speculation("expert", 3, adaptive=False)
+    llm = LLM(models.model("llama"), {"a": pair}, dtype="float32", placement="sequential", speculation=speculation)
+    params = [
+        SamplingParams(alpha=alpha, seed=seed, max_tokens=40, ignore_eos=True, top_p=0.9)
+        for seed, alpha in enumerate((0.0, 0.5, 2.0))
+    ]
+    for output in llm.generate([[5, 6, 7, 8]] * 3, params, use_tqdm=False):
+        assert output.metrics.drafted_tokens > 20
+        assert output.metrics.acceptance_rate > 0.9, "sums in another order may flip a token, no more"
+
+
+@pytest.mark.parametrize(
+    ("alphas", "views", "wanted"),
+    [
+        ([1.0], [(0, 0)], {4: 1.0, 1: 1.0, 2: -1.0}),
+        ([0.0], [(0, 0)], {4: 1.0}),
+        ([0.5, -2.0], [(0, 0), (0, 0)], {4: 1.0, 1: 0.5, 2: -0.5, 5: -2.0, 6: 2.0}),
+        ([0.5, 1.0], [(0, 0), (0, 1)], {4: 1.0, 1: 0.5, 2: -0.5}),
+        ([1.0, 1.0], [(0, 1), (0, 0)], {1: 1.0}),
+    ],
+    ids=["steered", "plain", "two pairs", "one with a prompt of its own", "the first with a prompt of its own"],
+)
+def test_what_stands_for_the_ensemble(alphas: list[float], views: list, wanted: dict[int, float]) -> None:
+    """The small base for the target, and the pairs over it that see the same text."""
+    over_base = (PairLayout("a", 1.0, 1, 2, base_pool=4), PairLayout("b", 1.0, 5, 6, base_pool=4))
+    layout = replace(LAYOUT, num_pools=7, pairs=over_base)
+    pairs = [ActivePair(i, alpha, *view) for i, (alpha, view) in enumerate(zip(alphas, views, strict=True))]
+    assert dict(draft_mixture(layout, pairs[0], pairs)) == wanted
+
+
+def test_an_anti_expert_that_is_the_bare_base_stands_for_the_target() -> None:
+    layout = replace(LAYOUT, pairs=(PairLayout("a", 1.0, 1, 2, base_pool=2),))
+    assert draft_mixture(layout, ActivePair(0, 0.25, 0, 0), []) == ((1, 0.25), (2, 0.75))
+
+
 def test_an_expert_needs_a_pair(models: Models) -> None:
     with pytest.raises(ValueError, match="there are no pairs"):
         LLM(models.model("llama"), dtype="float32", speculation=Speculation("expert"))
@@ -297,7 +349,7 @@ def test_an_interrupt_leaves_a_usable_engine(where: str) -> None:
     execute = engine.runner.execute
 
     def interrupted(batch: Batch) -> StepOutput:
-        drafts = batch.samples[0].pool is not None
+        drafts = bool(batch.samples[0].mixture)
         if drafts if where == "draft" else len(batch.spans[0].tokens) > 1 and engine.scheduler.running[0].output:
             raise KeyboardInterrupt
         return execute(batch)
@@ -434,7 +486,7 @@ def test_a_draft_that_is_never_right_costs_little_and_is_found_out_when_it_is() 
             engine.add_request(prompt, params)
         run(engine)
         batches: list[Batch] = engine.runner.batches  # type: ignore[attr-defined]
-        forwards = sum(batch.samples[0].pool is not None for batch in batches)
+        forwards = sum(bool(batch.samples[0].mixture) for batch in batches)
         return 0.3 * forwards / (len(batches) - forwards), int(engine.stats["accepted"] - before)
 
     serve(range(8))  # learns
