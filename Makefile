@@ -11,7 +11,7 @@ demo: $(VENV)/.demo
 	$(BIN)/ensemble-decode demo
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadscope
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/throughput.py

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import CONFIG_MAPPING as CONFIGS
 from transformers import AutoModelForCausalLM
 
+# Workers that run tests side by side (pytest -n) have a core each: teams of threads would only wait for one another's cores.
+if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 # The models here are tiny: threads would only wait for one another.
 torch.set_num_threads(1)
 

@@ -33,11 +33,9 @@ def test_the_plan_names_every_part(capsys: pytest.CaptureFixture) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_without_a_gpu_one_line_says_so(tmp_path: Path) -> None:
-    command = [sys.executable, "benchmarks/gpu.py", "--out", str(tmp_path / "report")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}, check=False)
-    assert done.returncode == 2
-    assert done.stderr.splitlines() == [
+def test_without_a_gpu_one_line_says_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert gpu.main(["--out", str(tmp_path / "report")]) == 2
+    assert capsys.readouterr().err.splitlines() == [
         "gpu.py: torch sees no CUDA device, nothing was run (--plan prints what would be)"
     ]
     assert not list(tmp_path.iterdir())

@@ -176,7 +176,7 @@ def test_a_stage_trains_what_it_needs_and_the_same_run_writes_the_same_bytes(
     assert "| α 1 | " in text
     assert "Published, for another model" in text
     assert "Calibrated α" not in text  # that stage has not run
-    assert not re.search(r"w\d", text)  # no word of any corpus
+    assert not re.search(r"\bw\d", text)  # no word of any corpus
 
 
 def test_alpha_and_trigger_are_found_once_and_long_texts_are_measured_by_segment(

@@ -270,7 +270,12 @@ def test_planted_bugs_are_found(name: str, planted: dict[str, Future]) -> None:
         unseen = make_case(1003, [(1.0, 0, 0.0, 0.0)])
         unseen.target[:, 2:], unseen.target[:, 900] = -math.inf, math.nan
         cases = [case, make_case(1003, [(1.0, 0, 0.0, 1.0), (1.0, 40, 0.0, 1.0)] * 3, pairs=1), flat, masked, unseen]
-    done = launch(program, [pack(c, misaligned=0 if finder == "wrong" else 12) for c in cases])
+    packed = [pack(c, misaligned=0 if finder == "wrong" else 12) for c in cases]
+    done = launch(program, packed)
+    # ThreadSanitizer remembers the last few accesses to a place: which ones these are is the scheduler's doing.
+    attempts = 5 if finder == "thread" else 0
+    while done.returncode == 0 and attempts:
+        done, attempts = launch(program, packed), attempts - 1
     if finder == "wrong":
         if done.returncode == 0:
             with pytest.raises(AssertionError):
