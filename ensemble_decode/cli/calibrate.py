@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from ensemble_decode.cli.common import CommandError, add_model, identity, load_model
+from ensemble_decode.cli.common import CommandError, add_model, identity, load_model, refuse_learned
 
 HELP = "the alpha of each axis that brings its stereotype score to 50, within a budget of perplexity"
 
@@ -37,6 +37,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ensemble_decode.corpora.stereoset import SOURCE
     from ensemble_decode.evaluation.runner import write
     from ensemble_decode.experts.calibration import CalibrationSettings, Calibrator
 
@@ -50,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
     for name, folder in folders.items():
         if args.save and not (folder / "pair.json").is_file():
             raise CommandError(f"--save: pair {name!r} has no pair.json to write alpha into")
+    refuse_learned(args.pair, SOURCE.name)
     data, out = Path(args.data).expanduser(), Path(args.out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
     llm = load_model(args)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,6 +110,17 @@ def load_model(args: argparse.Namespace) -> LLM:
         placement=args.placement,
         speculation=speculation,
     )
+
+
+def refuse_learned(pairs: Sequence[str], corpus: str) -> None:
+    """A CommandError for a pair of ``--pair`` whose pair.json says that it has learned from ``corpus``."""
+    for text in pairs:
+        name, _, folder = text.partition("=")
+        about = Path(folder, "pair.json")
+        if about.is_file() and corpus in json.loads(about.read_text(encoding="utf-8")).get("unfit", ()):
+            raise CommandError(
+                f"--pair {name!r} has learned from {corpus}, where it would be measured: allowed is a pair of other texts"
+            )
 
 
 def identity(args: argparse.Namespace) -> dict[str, Any]:

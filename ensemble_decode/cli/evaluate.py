@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ensemble_decode.cli.common import CommandError, add_model, identity, load_model
+from ensemble_decode.cli.common import CommandError, add_model, identity, load_model, refuse_learned
 from ensemble_decode.cli.systems import FORM, TARGET, SystemSpec, parse_system, sweep
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ensemble_decode.corpora.stereoset import SOURCE
     from ensemble_decode.evaluation.comparison import compare_all
     from ensemble_decode.evaluation.page import render
     from ensemble_decode.evaluation.report import Report
@@ -87,6 +88,8 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise CommandError(f"evaluate needs {error.name}: pip install 'ensemble_decode[evaluate]'") from None
     for metric in metrics:
+        if metric.name.startswith("stereoset"):
+            refuse_learned(args.pair, SOURCE.name)
         metric.check(data)
     llm = load_model(args)
     tasks = make_tasks([spec.of(llm) for spec in specs], metrics, identity(args), data, args.limit)

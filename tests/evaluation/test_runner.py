@@ -163,3 +163,15 @@ def test_the_command_says_what_is_wrong(
 ) -> None:
     assert main(["evaluate", "--data", str(tmp_path), "--out", str(tmp_path), *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "calibrate"])
+def test_a_pair_is_not_measured_on_what_it_has_learned_from(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "pair.json").write_text('{"axis": "gender", "unfit": ["StereoSet"]}')
+    flags = ["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--pair", f"tea={tmp_path}"]
+    assert main([command, *flags]) == 2
+    assert capsys.readouterr().err == (
+        "ensemble-decode: --pair 'tea' has learned from StereoSet, where it would be measured: allowed is a pair of other texts\n"
+    )
