@@ -149,6 +149,24 @@ def apply_edits(scores: torch.Tensor, edits: list[Edits | None], upload: Upload)
             row[counted] -= edit.frequency_penalty * counts + edit.presence_penalty
 
 
+def best_tokens(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ``k`` highest of each row of ``scores`` [R, V] and their ids, best first; of equal ones the lowest ids.
+
+    ``topk`` alone lists any of several that are equal, and in any order: another answer in another batch.
+    """
+    values, ids = scores.topk(k, dim=-1)
+    if k == 0:
+        return values, ids
+    last = values[:, -1:]
+    passed_over = (scores == last).sum(1) > (values == last).sum(1)
+    for row in passed_over.nonzero().flatten().tolist():
+        here = values[row] == last[row]
+        ids[row, here] = (scores[row] == last[row]).nonzero().flatten()[: int(here.sum())]
+    ids = ids.sort(dim=1).values
+    values, order = scores.gather(1, ids).sort(dim=1, descending=True, stable=True)
+    return values, ids.gather(1, order)
+
+
 def _logprobs(
     combined: torch.Tensor,
     target: torch.Tensor,
@@ -165,7 +183,7 @@ def _logprobs(
     own_target = alone.gather(1, token).squeeze(1).tolist()
     own_list = own.squeeze(1).tolist()
     k = min(max(best), ensemble.shape[1])
-    values, ids = ensemble.topk(k, dim=-1)
+    values, ids = best_tokens(ensemble, k)
     values_list, ids_list, target_list = values.tolist(), ids.tolist(), alone.gather(1, ids).tolist()
     return [
         TokenLogprobs(
