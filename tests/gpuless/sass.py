@@ -47,7 +47,7 @@ def figures(cubin: bytes) -> dict[str, Figures]:
         file.flush()
         usage = _tool("cuobjdump", "-res-usage", file.name)
         text = _tool("nvdisasm", "-c", "-ndf", file.name)
-    target = re.search(r"\.target\s+sm_(\d+)", text)
+    target = re.search(r"(?:\.target\s+sm_|EF_CUDA_SM)(\d+)", text)  # two formats of ELF header
     assert target is not None
     reserved = _RESERVED if int(target[1]) >= 90 else 0
     bodies = dict(re.findall(r"(?ms)^\s*\.section\s+\.text\.([\w$]+)(.*?)(?=^\s*\.section\s|\Z)", text))

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+from tests.gpuless import sample_kernels as kernels
+from tests.gpuless.aot import compile_for
 from tests.gpuless.sass import blocks_per_multiprocessor, figures
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
@@ -33,6 +35,15 @@ def test_spills_and_fp64_are_seen(tmp_path: Path) -> None:
     assert kernel.local > 0
     assert kernel.fp64
     assert kernel.shared == 0  # the driver's kilobyte is not the kernel's
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_both_formats_of_cubins_are_read(arch: int) -> None:
+    """Triton's assembler writes the older one for the older architectures."""
+    built = compile_for(kernels.doubles, arch, {"x": "*fp32", "out": "*fp32"}, {"BLOCK": 64})
+    (kernel,) = figures(built.asm["cubin"]).values()
+    assert kernel.fp64
+    assert kernel.registers > 0
 
 
 @pytest.mark.parametrize(
