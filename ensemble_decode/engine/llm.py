@@ -56,7 +56,7 @@ class LLM:
     seed : int
         Where the seeds of requests that bring none come from.
     max_num_batched_tokens : int
-        Tokens of one step; longer prompts are computed in chunks.
+        Tokens of one step, counted for each model that computes them; longer prompts are computed in chunks.
     enable_prefix_caching : bool
         Whether common beginnings of prompts are computed once.
     placement : {"auto", "sequential", "lanes"}

@@ -52,7 +52,7 @@ class Scheduler:
     max_num_seqs : int
         Sequences that run at once.
     max_num_batched_tokens : int
-        Tokens of a step; decoding sequences always go on, prompts take what is left.
+        Tokens of a step, counted in each pool that computes them; decoding sequences always go on, prompts take what is left.
     eos : tuple of int
         Tokens that end a sequence.
     """
@@ -140,7 +140,8 @@ class Scheduler:
                 prompts.append(sequence)
             elif sequence in self.running and self._reserve(sequence, [1] * len(sequence.views)):
                 budget -= self._add(batch, sequence, [1] * len(sequence.views))
-        budget = max(budget, BLOCK_SIZE * len(self.layout.views))  # however many decode, prompts go on
+        # However many decode, prompts go on.
+        budget = max(budget, BLOCK_SIZE * len(self.layout.views) * self.layout.num_pools)
         for sequence in prompts:
             if (
                 sequence in self.running
@@ -211,18 +212,18 @@ class Scheduler:
 
     # ── details ─────────────────────────────────────────────────────────────────────────────────────────────────────
     def _portion(self, sequence: Sequence, budget: int) -> list[int] | None:
-        """How many tokens of each view fit into ``budget``; None if none do.
+        """How many tokens of each view fit into a ``budget`` of rows, one for each pool that computes a token; None if none do.
 
         The last tokens of all views must come in one step, since their logits meet there: a view that would be complete
         before the others keeps its last token back.
         """
-        if sequence.pending <= budget:
+        if sum(view.pending * len(view.pools) for view in sequence.views) <= budget:
             return [view.pending for view in sequence.views]
         counts = []
         for view in sequence.views:
-            count = min(view.pending - 1, budget)
+            count = min(view.pending - 1, budget // len(view.pools))
             counts.append(count)
-            budget -= count
+            budget -= count * len(view.pools)
         return counts if any(counts) else None
 
     def _admit(self, sequence: Sequence) -> bool:
@@ -269,11 +270,11 @@ class Scheduler:
             view.forget()
 
     def _add(self, batch: Batch, sequence: Sequence, counts: list[int]) -> int:
-        """Put a sequence's spans, and the rows that come of them, into the batch."""
+        """Put a sequence's spans, and what is sampled of them, into the batch; how many rows the pools compute for it."""
         request, first, draft = sequence.request, len(batch.spans), sequence.draft
         decodes = bool(sequence.output) and sequence.pending == len(sequence.views)
         self._taken.add(id(sequence))
-        complete = True
+        complete, rows = True, 0
         for view, count in zip(sequence.views, counts, strict=True):
             start, end = view.computed, view.computed + count
             last = end == len(view.tokens)
@@ -284,6 +285,7 @@ class Scheduler:
             pools = view.decode_pools if decodes else view.pools
             batch.drafts |= not set(view.draft_pools).isdisjoint(pools)
             batch.spans.append(Span(tokens + draft, start, view.table, pools, 1 + len(draft) if last else 0))
+            rows += len(pools) * (count + len(draft))
             if decodes:
                 view.computed = end  # what is drafted counts once it is accepted
             else:
@@ -298,7 +300,7 @@ class Scheduler:
         self._chunks.append(_Chunk(sequence, scores))
         if samples:
             self._sample(batch, sequence, first)
-        return sum(counts) + len(draft) * len(counts)
+        return rows
 
     def _score(self, batch: Batch, sequence: Sequence, first: int, count: int) -> None:
         request, span = sequence.request, batch.spans[first]

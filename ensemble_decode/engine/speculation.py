@@ -185,13 +185,14 @@ class Speculator:
         if not most:
             return
         depths = self._depths(decoding, most) if self.config.adaptive else most
-        budget = scheduler.max_num_batched_tokens - sum(len(sequence.views) for sequence in decoding)
+        rows = {s: sum(len(view.decode_pools) for view in s.views) for s in decoding}  # for a token of each
+        budget = scheduler.max_num_batched_tokens - sum(rows.values())
         granted: dict[Sequence, int] = {}
         for sequence, wanted in depths.items():
-            depth = min(wanted, budget // len(sequence.views))
+            depth = min(wanted, budget // rows[sequence])
             if depth > 0 and scheduler.reserve_draft(sequence, depth):
                 granted[sequence] = depth
-                budget -= depth * len(sequence.views)
+                budget -= depth * rows[sequence]
         if self.config.draft == "ngram":
             for sequence in most:
                 del sequence.draft[granted.get(sequence, 0) :]

@@ -124,6 +124,20 @@ def test_a_long_prompt_comes_in_chunks_beside_decoding_sequences():
     check(done["short"], prompt_of(4), short, PLAIN)
 
 
+@pytest.mark.parametrize(
+    "alpha", [0.0, {"gender": 1.0}, {"gender": 1.0, "guide": 2.0}], ids=["plain", "pair", "two views"]
+)
+def test_a_step_computes_as_many_rows_whoever_steers(alpha):
+    """A token counts for each model that computes it: a long prompt delays others no more for being steered."""
+    engine = make_engine(max_num_batched_tokens=150)  # more than is kept for prompts however many decode
+    for number, length in enumerate((120, 7, 90)):
+        engine.add_request(prompt_of(length, number), SamplingParams(alpha=alpha, max_tokens=3, seed=number))
+    run(engine)
+    rows = [sum(len(span.tokens) * len(span.pools) for span in batch.spans) for batch in engine.runner.batches]
+    assert max(rows) <= 150
+    assert max(rows) > 140, "and it is used"
+
+
 def test_waiting_requests_come_in_the_order_of_their_arrival():
     """A request that needs many blocks is not overtaken for ever by small ones."""
     engine = make_engine(num_blocks=8, prefix_caching=False)
