@@ -43,10 +43,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--speculate",
         metavar="expert|ngram|MODEL",
-        help="draft tokens and verify several in one step, which changes none: by the first pair's expert, by what followed "
-        "in the text before, or by a model of the same vocabulary",
+        help="draft tokens and verify several in one step, which changes none. expert: the small model under the pairs' adapters, "
+        "steered as the target is, or else the first pair's expert; ngram: what followed in the text before; or a model of the "
+        "same vocabulary",
     )
-    parser.add_argument("--draft-tokens", type=int, default=4, help="most tokens drafted in a step (default 4)")
+    parser.add_argument(
+        "--draft-tokens", type=int, default=4, help="most tokens drafted in a step, 1 to 16 (default 4)"
+    )
 
 
 def parse_alpha(text: str | None) -> float | dict[str, float] | None:

@@ -35,7 +35,9 @@ METRICS = (
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.description = "Measure the target alone (α = 0) and with its pairs. What is done is kept in --out."
     add_model(command)
-    command.add_argument("--alpha", metavar="A,A,…", help="strengths of all pairs (default 0,1; without a pair 0)")
+    command.add_argument(
+        "--alpha", metavar="A,A,…", help="strengths of all pairs (default 0,1; 0 without a pair or with --system)"
+    )
     command.add_argument(
         "--system",
         action="append",

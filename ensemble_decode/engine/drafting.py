@@ -32,7 +32,7 @@ class Acceptance:
             self.rate += (agreed - self.rate) / self.weight
 
     def beside(self, prior: float) -> float:
-        """The rate, with ``prior`` as what a few more tokens had given: the others' rate, for a sequence with few of its own."""
+        """The rate, with ``prior`` as what a few more tokens would have given: the others' rate, for a sequence with few of its own."""
         return (_PRIOR * prior + self.weight * self.rate) / (_PRIOR + self.weight)
 
     def doubt(self) -> None:

@@ -40,7 +40,8 @@ class LLM:
     dtype : str or torch.dtype
         "auto" picks what the machine is good at; "float32", "bfloat16", "float16".
     device : str
-        "auto" or "cpu".
+        "auto": the first GPU where torch, Triton and the compiled operators can use one, else the CPU; "cpu"; "cuda" or
+        "cuda:N". Nothing has run on a GPU yet: "cpu" stays off it.
     quantization : {"int8"}, optional
         Keep the weights of the target, the experts and a draft model as int8, a scale for each output channel: half of
         bfloat16's bytes to read at each step (on a CPU). Arithmetic, caches and adapters stay in ``dtype``.
@@ -253,6 +254,11 @@ class LLM:
         -------
         list of Score
             Natural logarithms, at temperature 1, one per token of ``token_ids``.
+
+        Raises
+        ------
+        ValueError
+            A text or α that can't be served; a pair of prompts with α ≠ 0, whose sides see other tokens than the target.
         """
         params = SamplingParams(alpha=alpha, prompt_logprobs=0, max_tokens=1)
         listed = _as_list(texts)

@@ -349,7 +349,7 @@ class Speculator:
         if self._drafting:
             rounds = sum(found.new for found in taken.values()) / len(
                 taken
-            )  # such steps that the same tokens had taken
+            )  # such steps that the same tokens would have taken
             saved = rounds * alone - seconds - self._draft_seconds
             self.stats["saved_seconds"] += saved
             for sequence in self._drafting:

@@ -17,7 +17,7 @@ class ExpertPair:
     ----------
     expert, anti_expert : str or path, optional
         Each a full model (hub id or folder) or a LoRA adapter folder in PEFT's format. Without an anti-expert the
-        target's own logits take its place: z + α(z⁺ − z).
+        target's own logits take its place, z + α(z⁺ − z); without an expert (None) likewise, z + α(z − z⁻).
     base : str or path, optional
         The model under LoRA adapters. Default: the target.
     alpha : float
@@ -101,7 +101,8 @@ class ExpertPair:
         ----------
         expert, anti_expert : str, optional
             Prompt that this side sees in place of the request's; ``"{prompt}"`` stands for the request's prompt.
-            None: the request's own prompt. A request can bring its own with ``{"prompt": …, "pair_prompts":
+            None: the request's own prompt. An empty ``anti_expert`` is no prompt at all: the beginning-of-text token, or the
+            prompt's last token where the tokenizer has none. A request can bring its own with ``{"prompt": …, "pair_prompts":
             {pair: {"expert": …, "anti_expert": …}}}``.
         alpha : float
             Guidance: Hugging Face's ``guidance_scale`` minus one.
