@@ -55,6 +55,9 @@ class AsyncLLM:
             raise ValueError(f"max_waiting is {max_waiting!r}, allowed is 1 or more")
         if not isinstance(model, LLM | Engine):
             model = LLM(model, *args, **options)
+        elif args or options:
+            names = [*(f"argument {i}" for i in range(2, 2 + len(args))), *options]
+            raise ValueError(f"{', '.join(names)}: given with a model that is loaded already, allowed is max_waiting")
         self.engine: Engine = model.engine if isinstance(model, LLM) else model
         self.max_waiting = max_waiting
         self._lock = threading.Condition()
@@ -183,7 +186,8 @@ class AsyncLLM:
         try:
             if self._ended:
                 raise self._dead()
-            if len(self.engine.scheduler.waiting) >= self.max_waiting:
+            # Samples and preempted sequences that wait for a place have tokens already: their requests had their turn.
+            if sum(not sequence.output for sequence in self.engine.scheduler.waiting) >= self.max_waiting:
                 raise QueueFullError(f"{self.max_waiting} requests are waiting, no more are taken")
             request = self.engine.add_request(prompt, params, request_id)
             self._clients[request.request_id] = client

@@ -6,7 +6,7 @@ import itertools
 import random
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from ensemble_decode.engine.batch import Batch, StepOutput, TokenLogprobs
@@ -72,6 +72,7 @@ class Engine:
         self._ids = itertools.count()
         self._detokenizers: dict[Sequence, Detokenizer] = {}
         self._decoders: dict[bool, Decode] = {}
+        self._longest_token: int | None = None  # in characters, once it is known
 
     # ── requests ────────────────────────────────────────────────────────────────────────────────────────────────────
     def add_request(
@@ -169,7 +170,7 @@ class Engine:
         return None, list(prompt), own
 
     def _own_prompts(self, value: Any) -> dict[str, dict[str, str]]:
-        known = {pair.name for pair in self.layout.pairs if pair.expert_view or pair.anti_expert_view}
+        known = {pair.name: pair for pair in self.layout.pairs if pair.expert_view or pair.anti_expert_view}
         if not isinstance(value, Mapping):
             raise ValueError(f"pair_prompts is {value!r}, a dict of pair name to prompts is allowed")
         for name, sides in value.items():
@@ -177,17 +178,32 @@ class Engine:
                 raise ValueError(
                     f"pair_prompts names {name!r}, pairs of prompts are {', '.join(sorted(map(repr, known))) or 'none'}"
                 )
-            known_sides = isinstance(sides, Mapping) and not set(sides) - {"expert", "anti_expert"}
+            pair = known[name]
+            views = {"expert": pair.expert_view, "anti_expert": pair.anti_expert_view}
+            allowed = [side for side, view in views.items() if view]  # the other sees the request's own prompt
+            known_sides = isinstance(sides, Mapping) and not set(sides) - set(allowed)
             if not known_sides or not all(isinstance(text, str) for text in sides.values()):
                 raise ValueError(
-                    f"pair_prompts[{name!r}] is {sides!r}, a dict of strings for 'expert' and 'anti_expert' is allowed"
+                    f"pair_prompts[{name!r}] is {sides!r}, a dict of strings for {' and '.join(map(repr, allowed))} is allowed"
                 )
         return {name: dict(sides) for name, sides in value.items()}
+
+    def _words(self) -> Iterable[str]:
+        """The tokenizer's vocabulary, where it tells it."""
+        return getattr(self.tokenizer, "get_vocab", dict)()
 
     def _tokenize(self, text: str) -> list[int]:
         if self.tokenizer is None:
             raise ValueError(
                 "prompt is a string, but the model folder has no tokenizer: a list of token ids is allowed"
+            )
+        if self._longest_token is None:
+            self._longest_token = max((len(word) for word in self._words()), default=0)
+        most = self.layout.max_model_len * self._longest_token
+        if len(text) > most > 0:  # before it is read: megabytes of text would hold up everyone
+            raise ValueError(
+                f"the prompt has {len(text)} characters, allowed are {most} "
+                f"(max_model_len {self.layout.max_model_len} tokens, the longest of {self._longest_token} characters)"
             )
         try:
             text.encode()
@@ -292,7 +308,7 @@ class Engine:
 
     @property
     def timings(self) -> dict[str, float]:
-        """Seconds so far: ``total`` of all steps, ``forward`` and ``sample`` of them; and the number of ``steps``."""
+        """Seconds so far: ``total`` of all steps, ``forward`` and ``sample`` of them (drafts' too); and the number of ``steps``."""
         return {**self.runner.timings, **self._seconds}
 
     @property
@@ -342,7 +358,7 @@ class Engine:
         """A request as it stands."""
         prompt_logprobs = None
         if request.scores_prompt:
-            prompt_logprobs = [None, *(self._logprobs(entry) for entry in request.prompt_scores)]
+            prompt_logprobs = [None, *self._shown(request.prompt_scores, request.shown_prompt)]
         return RequestOutput(
             request.request_id,
             request.prompt,
@@ -362,7 +378,7 @@ class Engine:
             sum(entry.logprob for entry in sequence.logprobs) if sequence.logprobs else None,
             None
             if sequence.request.params.logprobs is None
-            else [self._logprobs(entry) for entry in sequence.logprobs],
+            else self._shown(sequence.logprobs, sequence.shown_logprobs),
             sequence.finish_reason,
             sequence.stop_reason,
             sequence.error,
@@ -388,6 +404,11 @@ class Engine:
         """How many of its tokens are text: not the one that ended it, unless that is asked for."""
         ended_by_token = sequence.finish_reason == "stop" and isinstance(sequence.stop_reason, int)
         return len(sequence.output) - (ended_by_token and not sequence.request.params.include_stop_str_in_output)
+
+    def _shown(self, entries: list[TokenLogprobs], shown: list[dict[int, Logprob]]) -> list[dict[int, Logprob]]:
+        """``entries`` as outputs show them. What was shown before is kept in ``shown``: a stream would do all of it at each step."""
+        shown.extend(self._logprobs(entry) for entry in entries[len(shown) :])
+        return list(shown)
 
     def _logprobs(self, entry: TokenLogprobs) -> dict[int, Logprob]:
         found = {entry.token: Logprob(entry.logprob, entry.rank, self._token_text(entry.token), entry.target_logprob)}

@@ -12,6 +12,7 @@ from concurrent.futures import Future, wait
 from queue import SimpleQueue
 from threading import Thread
 from typing import Literal, TypeVar
+from weakref import finalize
 
 import torch
 
@@ -29,8 +30,9 @@ class Lane:
 
     def __init__(self, name: str, threads: int) -> None:
         self._queue: SimpleQueue[tuple[Callable[[], object], Future] | None] = SimpleQueue()
-        self._thread = Thread(target=self._work, args=(threads,), name=name, daemon=True)
+        self._thread = Thread(target=_work, args=(self._queue, threads), name=name, daemon=True)
         self._thread.start()
+        self._end = finalize(self, self._queue.put, None)  # the thread holds the queue alone, and goes with its lane
 
     def submit(self, function: Callable[[], T]) -> Future[T]:
         future: Future[T] = Future()
@@ -38,18 +40,21 @@ class Lane:
         return future
 
     def close(self) -> None:
-        self._queue.put(None)
+        self._end()
         self._thread.join()
 
-    def _work(self, threads: int) -> None:
-        ops.set_num_threads(threads)
-        torch.set_num_threads(1)  # see Runner.execute
-        while (item := self._queue.get()) is not None:
-            function, future = item
-            try:
-                future.set_result(function())
-            except BaseException as error:
-                future.set_exception(error)
+
+def _work(queue: SimpleQueue[tuple[Callable[[], object], Future] | None], threads: int) -> None:
+    """What a lane's thread does."""
+    ops.set_num_threads(threads)
+    torch.set_num_threads(1)  # see Runner.execute
+    while (item := queue.get()) is not None:
+        function, future = item
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+        del item, function, future  # or a waiting thread would keep a model that nobody has any more
 
 
 class Lanes:

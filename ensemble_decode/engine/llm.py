@@ -13,7 +13,7 @@ from ensemble_decode.engine.beam_search import BeamSearchOutput, BeamSearchParam
 from ensemble_decode.engine.engine import Engine, Prompt
 from ensemble_decode.engine.lanes import Placement
 from ensemble_decode.engine.outputs import RequestOutput, Score
-from ensemble_decode.engine.params import SamplingParams
+from ensemble_decode.engine.params import SamplingParams, check_integer
 from ensemble_decode.engine.request import Request
 from ensemble_decode.engine.runner import Runner
 from ensemble_decode.engine.speculation import Speculation, Speculator
@@ -99,6 +99,8 @@ class LLM:
         for name, value in (("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", max_num_batched_tokens)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}, allowed is 1 or more")
+        if max_model_len is not None:
+            check_integer("max_model_len", max_model_len, 1)
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise ValueError(f"seed is {seed!r}, allowed is an integer")
         if not isinstance(enable_prefix_caching, bool):
@@ -120,6 +122,7 @@ class LLM:
             speculator = Speculator.measured(
                 speculation, self.ensemble.layout, self.runner.execute, max_num_seqs, blocks
             )
+            self.runner.timings.clear()  # measuring is no work of any request
         self.engine = Engine(
             self.ensemble.layout,
             self.runner,
@@ -355,7 +358,7 @@ def _num_blocks(ensemble: Ensemble, kv_cache_bytes: int | None, max_num_seqs: in
     per_sequence = views * -(-ensemble.layout.max_model_len // BLOCK_SIZE)
     if kv_cache_bytes is None:
         most = min(_DEFAULT_KV_BYTES, _free_memory() // 4)
-        return min(max(most // per_block, per_sequence), max_num_seqs * per_sequence)
+        return max(1, min(most // per_block, max_num_seqs * per_sequence))
     if isinstance(kv_cache_bytes, bool) or not isinstance(kv_cache_bytes, int) or kv_cache_bytes < per_block:
         raise ValueError(
             f"kv_cache_bytes is {kv_cache_bytes!r}, allowed is {per_block} (one block of {BLOCK_SIZE} tokens) or more"

@@ -15,6 +15,10 @@ _MASK64 = (1 << 64) - 1
 # Parameters become float32 on their way to the sampler: what would be 0 or infinite there is refused here.
 _FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 _FLOAT32_TINY = 2.0**-126
+#: What is not below this is rounded to 1.
+_FLOAT32_BELOW_1 = 1 - 2.0**-25
+#: Scores divided by less may overflow.
+_LEAST_TEMPERATURE = 1e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,10 +89,13 @@ class SamplingParams:
                 check_number(f"alpha[{name!r}]", value)
         elif self.alpha is not None:
             check_number("alpha", self.alpha)
-        check_number("temperature", self.temperature, 0.0)
+        if 0 < check_number("temperature", self.temperature, 0.0) < _LEAST_TEMPERATURE:
+            raise ValueError(
+                f"temperature is {self.temperature!r}, allowed is 0 (greedy) or {_LEAST_TEMPERATURE:g} and above"
+            )
         if not _FLOAT32_TINY <= check_number("top_p", self.top_p) <= 1:
             raise ValueError(f"top_p is {self.top_p!r}, allowed is above 0, at most 1")
-        if not 0 <= check_number("min_p", self.min_p) < 1:
+        if not 0 <= check_number("min_p", self.min_p) < _FLOAT32_BELOW_1:
             raise ValueError(f"min_p is {self.min_p!r}, allowed is at least 0, below 1")
         check_integer("top_k", self.top_k, -1)
         if self.nucleus not in ("combined", "target"):

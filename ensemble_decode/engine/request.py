@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from ensemble_decode.engine.batch import Edits, Mixture, SampleRow, Steering, TokenLogprobs
 from ensemble_decode.engine.drafting import Acceptance, NgramIndex
-from ensemble_decode.engine.outputs import FinishReason, RequestMetrics
+from ensemble_decode.engine.outputs import FinishReason, Logprob, RequestMetrics
 from ensemble_decode.engine.params import SamplingParams, sample_seed
 from ensemble_decode.ops.paged_attention import BLOCK_SIZE
 
@@ -83,6 +83,7 @@ class Sequence:
     views: list[View]
     output: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    shown_logprobs: list[dict[int, Logprob]] = field(default_factory=list)  # the first of them, as outputs have them
     counts: dict[int, int] = field(default_factory=dict)  # of output tokens; kept only where penalties ask for it
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
@@ -123,7 +124,7 @@ class Sequence:
         """End the output after ``tokens`` tokens; returns how many were cut off. Only for a sequence that is over."""
         beyond = len(self.output) - tokens
         if beyond:
-            del self.output[tokens:], self.logprobs[tokens:]
+            del self.output[tokens:], self.logprobs[tokens:], self.shown_logprobs[tokens:]
             for view in self.views:
                 del view.tokens[-beyond:]
         return beyond
@@ -200,6 +201,7 @@ class Request:
     score_only: bool = False
     sequences: list[Sequence] = field(default_factory=list)
     prompt_scores: list[TokenLogprobs] = field(default_factory=list)
+    shown_prompt: list[dict[int, Logprob]] = field(default_factory=list)  # the first of them, as outputs have them
     prompt_set: set[int] = field(default_factory=set)
     drafter: Drafter | None = None
 

@@ -86,7 +86,13 @@ class Scheduler:
         views = request.sequences[0].views
         longest = max(len(view.tokens) for view in views)
         limit = self.layout.max_model_len
-        if longest + (not request.score_only) > limit:
+        if request.score_only:
+            # The last token is scored, not computed.
+            if longest > limit:
+                raise ValueError(
+                    f"the text has {longest + 1} tokens, allowed are {limit + 1} (max_model_len {limit} and one more)"
+                )
+        elif longest >= limit:
             raise ValueError(
                 f"the prompt has {longest} tokens, allowed are {limit - 1} (max_model_len {limit} less one to generate)"
             )
@@ -111,6 +117,7 @@ class Scheduler:
         sequence.finish_reason = reason  # type: ignore[assignment]
         sequence.stop_reason = stop_reason
         sequence.error = error
+        sequence.ngrams = None  # some hundred bytes a token
         if sequence in self.running:
             self.running.remove(sequence)
         elif sequence in self.waiting:
@@ -261,6 +268,7 @@ class Scheduler:
         sequence.request.metrics.preemptions += 1
         if not sequence.output:
             sequence.request.prompt_scores.clear()
+            sequence.request.shown_prompt.clear()
         self.waiting.appendleft(sequence)
 
     def _release(self, sequence: Sequence) -> None:

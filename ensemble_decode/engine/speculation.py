@@ -441,23 +441,29 @@ def measure_costs(
     elif config.draft != "ngram" and layout.draft_pool is not None:
         kinds.setdefault((layout.draft_pool,), ())
     most = 2 * max_num_seqs * (config.tokens + 1)
+    row_counts = [rows for rows in _MEASURED_ROWS if rows <= most]
     context = min(_MEASURED_CONTEXT, layout.max_model_len - 1, num_blocks * BLOCK_SIZE - 1)
-    steps = [(rows, 0) for rows in _MEASURED_ROWS if rows <= most] + [(_CONTEXT_ROWS, context)]
+    small = (layout.draft_pool,) if layout.draft_pool not in layout.member_pools else ()
+
+    def context_of(pools: tuple[int, ...]) -> int:
+        return min(context, layout.draft_len - 1) if pools == small else context
+
     best: dict[tuple[tuple[int, ...], int, int], float] = {}
     for number in range(rounds):
         for pools, pairs in kinds.items():
-            for rows, start in steps:
+            for rows, start in [*((rows, 0) for rows in row_counts), (_CONTEXT_ROWS, context_of(pools))]:
                 if number % 2 and rows > _DEAR_ROWS:
                     continue  # they take long and vary little
                 begun = time.perf_counter()
                 execute(_measured_batch(pools, pairs, target, rows, start))
                 key = (pools, rows, start)
                 best[key] = min(best.get(key, math.inf), time.perf_counter() - begun)
-    measured = {pools: {rows: best[pools, rows, 0] for rows, start in steps if not start} for pools in kinds}
+    measured = {pools: {rows: best[pools, rows, 0] for rows in row_counts} for pools in kinds}
     per_key = {}
     for pools in kinds:
-        more = best[pools, _CONTEXT_ROWS, context] - measured[pools].get(_CONTEXT_ROWS, math.inf)
-        per_key[pools] = max(more, 0.0) / (_CONTEXT_ROWS * context)
+        keys = _CONTEXT_ROWS * context_of(pools)
+        more = best[pools, _CONTEXT_ROWS, context_of(pools)] - measured[pools].get(_CONTEXT_ROWS, math.inf)
+        per_key[pools] = max(more, 0.0) / keys if keys else 0.0
     return Costs(measured, per_key)
 
 

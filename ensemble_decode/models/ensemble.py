@@ -22,6 +22,9 @@ from ensemble_decode.models.loading import (
 from ensemble_decode.models.lora import CONFIG, is_adapter
 from ensemble_decode.models.pairs import ExpertPair
 
+#: What the sampling operator takes.
+_MOST_PAIRS = 64
+
 
 @dataclass(slots=True)
 class Pool:
@@ -40,7 +43,6 @@ class Ensemble:
     layout: Layout
     tokenizer: Any | None
     eos_token_ids: tuple[int, ...]
-    bos_token_id: int | None
     pairs: dict[str, ExpertPair] = field(default_factory=dict)
 
     @property
@@ -76,22 +78,24 @@ def load_ensemble(
     kind = resolve_dtype(dtype, place)
     check_quantization(quantization, place)
     named = {name: _as_pair(name, pair) for name, pair in (pairs or {}).items()}
+    if len(named) > _MOST_PAIRS:
+        raise ValueError(f"pairs: {len(named)} are given, allowed are {_MOST_PAIRS}")
     target = _key(model)
     members: dict[tuple[str, str | None], None] = {(target, None): None}  # (weights, adapter), in order
     sides: dict[str, tuple[tuple[str, str | None], tuple[str, str | None] | None]] = {}
     for name, pair in named.items():
         base = target if pair.base is None else _key(pair.base)
-        expert = (target, None) if pair.expert is None else _member(pair.expert, base)
+        expert = (target, None) if pair.expert is None else _member("expert", pair.expert, base)
         anti: tuple[str, str | None] | None = None
         if pair.anti_expert is not None:
-            anti = _member(pair.anti_expert, base)
+            anti = _member("anti-expert", pair.anti_expert, base)
         elif pair.uses_prompts:
             anti = (target, None)
         sides[name] = (expert, anti)
         members[expert] = None
         if anti is not None:
             members[anti] = None
-    drafter = None if draft is None or draft == "expert" else _member(fspath(draft), target)
+    drafter = None if draft is None or draft == "expert" else _member("draft model", fspath(draft), target)
     if drafter is not None:
         members.setdefault(drafter)
     bases = _small_bases(sides, target) if draft == "expert" else {}
@@ -132,7 +136,7 @@ def load_ensemble(
             draft_vocab=min(group.vocab_size, vocab_size),
         )
     main = groups[pools[layout.target_pool].group]
-    return Ensemble(groups, pools, layout, main.tokenizer, *_special_tokens(main), named)
+    return Ensemble(groups, pools, layout, main.tokenizer, _end_tokens(main, vocab_size), named)
 
 
 def _key(path: str) -> str:
@@ -140,11 +144,11 @@ def _key(path: str) -> str:
     return str(Path(path).resolve()) if Path(path).is_dir() else str(path)
 
 
-def _member(path: str, base: str) -> tuple[str, str | None]:
+def _member(role: str, path: str, base: str) -> tuple[str, str | None]:
     if is_adapter(path):
         return base, _key(path)
     if Path(path).is_dir() and not (Path(path) / "config.json").exists():
-        raise ValueError(f"expert {path!r}: neither config.json (a model) nor {CONFIG} (a LoRA adapter) is in it")
+        raise ValueError(f"{role} {path!r}: neither config.json (a model) nor {CONFIG} (a LoRA adapter) is in it")
     return _key(path), None
 
 
@@ -244,10 +248,10 @@ def _vocabulary(group: Group) -> dict[str, int] | None:
     return None if group.tokenizer is None else group.tokenizer.get_vocab()
 
 
-def _special_tokens(group: Group) -> tuple[tuple[int, ...], int | None]:
+def _end_tokens(group: Group, vocab_size: int) -> tuple[int, ...]:
+    """Tokens that end a text. Configurations name some that a model doesn't have: GPT-2's default is 50256, whatever its size."""
     eos: list[int] = []
     for source in (group.generation_config, group.config, group.tokenizer):
         value = getattr(source, "eos_token_id", None)
         eos += value if isinstance(value, list) else [] if value is None else [value]
-    bos = getattr(group.tokenizer, "bos_token_id", None)
-    return tuple(dict.fromkeys(eos)), group.config.bos_token_id if bos is None and group.tokenizer is None else bos
+    return tuple(token for token in dict.fromkeys(eos) if 0 <= token < vocab_size)

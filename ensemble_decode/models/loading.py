@@ -95,7 +95,10 @@ def check_checkpoint(path: str) -> None:
         raise ValueError(f"model {path!r}: config.json is missing")
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"model {path!r}: {index.name} is damaged: it has no weight_map of files") from None
     else:
         files = sorted(p.name for p in folder.glob("*.safetensors"))
     if not files:
@@ -139,6 +142,17 @@ def check_servable(config: PretrainedConfig, path: str, max_model_len: int | Non
             f"model {path!r}: {kind} slides its attention over {window} tokens, which is served only up to that length: "
             f"max_model_len is {max_model_len}, allowed is 1 … {window}"
         )
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if rope.get("rope_type") == "longrope":
+        # transformers takes the factors of the longest sequence of a forward for all of them: text would depend on company.
+        short: int = (
+            rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", 0) or 0
+        )
+        if max_model_len is None or max_model_len > short:
+            raise ValueError(
+                f"model {path!r}: {kind} stretches its positions beyond {short} tokens (longrope), which is served only up to "
+                f"that length: max_model_len is {max_model_len}, allowed is 1 … {short}"
+            )
     if not getattr(model_class, "_supports_attention_backend", False):
         raise ValueError(
             f"model {path!r}: {kind}'s modelling code has its own attention (no AttentionInterface), it can't be served"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +52,10 @@ def load_adapter(path: str) -> Adapter:
             else ""
         )
         raise ValueError(f"adapter {path!r}: {WEIGHTS} is missing{pickle}")
-    config = json.loads((folder / CONFIG).read_text())
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+    except ValueError as error:
+        raise ValueError(f"adapter {path!r}: {CONFIG} is damaged ({error})") from None
     kind = config.get("peft_type")
     if kind != "LORA":
         raise ValueError(f"adapter {path!r}: peft_type is {kind!r}, allowed is 'LORA'")
@@ -75,7 +79,9 @@ def load_adapter(path: str) -> Adapter:
                 continue
             raise ValueError(f"adapter {path!r}: tensor {key!r} is not a LoRA factor of a linear")
         module = key.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
-        b = tensors[key.replace("lora_A", "lora_B")]
+        b = tensors.get(key.replace("lora_A", "lora_B"))
+        if b is None:
+            raise ValueError(f"adapter {path!r}: {WEIGHTS} lacks lora_B of {module!r}")
         weights[module] = (a, b * _scale(config, module, a.shape[0]))
     if not weights:
         raise ValueError(f"adapter {path!r}: {WEIGHTS} holds no LoRA factor")
@@ -83,10 +89,10 @@ def load_adapter(path: str) -> Adapter:
 
 
 def _scale(config: dict, module: str, rank: int) -> float:
-    alpha = config.get("lora_alpha", 8)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if module == pattern or module.endswith(f".{pattern}"):
-            alpha = value
+    # The first pattern that fits, as in PEFT: a regular expression for the name or for its end after a dot.
+    patterns = (config.get("alpha_pattern") or {}).items()
+    fitting = (value for pattern, value in patterns if re.match(rf"(.*\.)?({pattern})$", module))
+    alpha = next(fitting, config.get("lora_alpha", 8))
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
+
+#: The largest float32: what α becomes on its way to the sampler.
+_LARGEST = (2 - 2**-23) * 2.0**127
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +50,8 @@ class ExpertPair:
         expert_prompt: str | None = None,
         anti_expert_prompt: str | None = None,
     ) -> None:
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-            raise ValueError(f"ExpertPair: alpha is {alpha!r}, a finite number is allowed")
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not -_LARGEST <= alpha <= _LARGEST:
+            raise ValueError(f"ExpertPair: alpha is {alpha!r}, a finite number (of float32) is allowed")
         sides = {"expert": expert, "anti_expert": anti_expert, "base": base}
         for name, value in sides.items():
             if value is not None and not isinstance(value, str | PathLike):
