@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,13 @@ SMOLLM2 = "smollm2"
 
 class CommandError(ValueError):
     """Something the user can mend, said in one line."""
+
+
+def refuse_missing(command: str, *modules: str) -> None:
+    """A CommandError for a module that isn't installed: before the first hour of work, not after it."""
+    for name in modules:
+        if importlib.util.find_spec(name) is None:
+            raise CommandError(f"{command} needs {name}: pip install 'ensemble_decode[evaluate]'")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ensemble_decode.cli.common import CommandError, add_model, identity, load_model, refuse_learned
+from ensemble_decode.cli.common import CommandError, add_model, identity, load_model, refuse_learned, refuse_missing
 from ensemble_decode.cli.systems import FORM, TARGET, SystemSpec, parse_system, sweep
 
 if TYPE_CHECKING:
@@ -84,11 +84,7 @@ def run(args: argparse.Namespace) -> int:
         raise FileNotFoundError(
             f"--data is {args.data!r}, which is no folder; docs/evaluation.md lists what goes in it"
         )
-    try:  # before the first hour of work, not after it
-        import jinja2  # noqa: F401
-        import scipy  # noqa: F401
-    except ImportError as error:
-        raise CommandError(f"evaluate needs {error.name}: pip install 'ensemble_decode[evaluate]'") from None
+    refuse_missing("evaluate", "jinja2", "scipy")
     for metric in metrics:
         if metric.name.startswith("stereoset"):
             refuse_learned(args.pair, SOURCE.name)

@@ -1,6 +1,7 @@
 """What is done is kept, goes on after an interruption, and comes out the same."""
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,6 +164,18 @@ def test_the_command_says_what_is_wrong(
 ) -> None:
     assert main(["evaluate", "--data", str(tmp_path), "--out", str(tmp_path), *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "calibrate"])
+def test_what_is_not_installed_is_said_before_anything_is_loaded(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    flags = ["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--pair", "gender=x,y"]
+    assert main([command, *flags]) == 2
+    assert capsys.readouterr().err == (
+        f"ensemble-decode: {command} needs scipy: pip install 'ensemble_decode[evaluate]'\n"
+    )
 
 
 @pytest.mark.parametrize("command", ["evaluate", "calibrate"])

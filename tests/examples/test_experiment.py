@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -224,6 +225,14 @@ def test_settings_that_are_wrong_are_one_line(
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
+
+
+def test_what_is_not_installed_is_said(
+    data: Path, settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    assert run(data, tmp_path, settings) == 2
+    assert capsys.readouterr().err == ("experiment: this needs scipy: pip install 'ensemble_decode[evaluate]'\n")
 
 
 def test_every_part_of_the_report(tmp_path: Path) -> None:
