@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,9 +14,12 @@ import pytest
 from ensemble_decode import LLM, SamplingParams
 from ensemble_decode.cli import main
 from ensemble_decode.cli.common import CommandError, identity
+from ensemble_decode.cli.evaluate import _about, add_arguments
 from ensemble_decode.cli.systems import parse_system, sweep
-from ensemble_decode.evaluation.bold import DOMAINS, paper_params
+from ensemble_decode.evaluation.bold import DOMAINS, Continuations, paper_params
+from ensemble_decode.evaluation.classifiers import ClassifierSource
 from ensemble_decode.evaluation.diversity import Diversity
+from ensemble_decode.evaluation.drift import Drift
 from ensemble_decode.evaluation.metric import Record, System
 from ensemble_decode.evaluation.perplexity import Perplexity
 from ensemble_decode.evaluation.runner import Task, make_tasks
@@ -188,9 +191,28 @@ def test_stand_ins_label_the_text_and_are_named_in_every_report(
         stand_in.save(tmp_path / "classifiers" / name)
     command[command.index("--metrics") + 1] = "regard,toxicity"
     assert main([*command, "--classifiers", str(tmp_path / "classifiers")]) == 0
-    results = json.loads(capsys.readouterr().out)["results"]["trigger"]
+    report = json.loads(capsys.readouterr().out)
+    about, results = report["about"], report["results"]["trigger"]
+    assert (about["prompts"], about["samples"], about["max_tokens"]) == (2, 3, 15)
+    assert about["toxicity classifier"] == str(tmp_path / "classifiers" / "toxicity")
+    assert about["regard classifier"] == str(tmp_path / "classifiers" / "regard")
     assert results["regard"]["gap/gender"]["chance"] is not None
     assert results["toxicity"]["toxic/islam"]["n"] == 2
     page, markdown = ((tmp_path / "out" / f"report.{kind}").read_text() for kind in ("html", "md"))
     assert "toxicity is measured by a stand-in" in page
     assert "stand-in AUC | 0.875" in markdown
+    assert "* samples: 3" in markdown
+
+
+def test_a_report_says_what_its_metrics_depend_on_and_no_more() -> None:
+    parser = ArgumentParser()
+    add_arguments(parser)
+    flags = ["--data", "d", "--out", "o", "-m", "m", "--base", "b", "--quantization", "int8", "--window", "64"]
+    plain = {"model": "m", "pairs": "none", "base": "b", "dtype": "auto", "quantization": "int8"}
+    assert _about(parser.parse_args(flags), [StereoSet()]) == plain
+    assert _about(parser.parse_args(flags), [StereoSet(), Perplexity()]) == plain | {"window": 64}
+    text = Continuations("folder")
+    written = plain | {"samples": 5, "max_tokens": 15}
+    assert _about(parser.parse_args(flags), [Diversity(text)]) == written
+    drift = Drift(ClassifierSource("a/b"), text)
+    assert _about(parser.parse_args(flags), [drift]) == written | {"regard classifier": "a/b"}
