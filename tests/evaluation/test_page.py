@@ -77,6 +77,7 @@ def test_the_page_says_what_a_reader_must_know(report: Report) -> None:
     assert "p 0.003" in text
     assert "Dotted: chance" in text
     assert text.count('class="level"') == 1
+    assert '<tr class="part"><th scope="row">SS/gender</th>' in text
     assert "http" not in text
     assert render(report, ALPHAS) == text
     assert "<svg" not in render(Report({"target": {"m": {"x": Figure(1.0)}}}, {}), {"target": 0.0})
