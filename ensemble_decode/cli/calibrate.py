@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from ensemble_decode.cli.common import CommandError, add_model, identity, load_model, refuse_learned
+from ensemble_decode.cli.common import CommandError, add_model, identity, load_model, refuse_learned, refuse_missing
 
 HELP = "the alpha of each axis that brings its stereotype score to 50, within a budget of perplexity"
 
@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
         if args.save and not (folder / "pair.json").is_file():
             raise CommandError(f"--save: pair {name!r} has no pair.json to write alpha into")
     refuse_learned(args.pair, SOURCE.name)
+    refuse_missing("calibrate", "scipy")
     data, out = Path(args.data).expanduser(), Path(args.out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
     llm = load_model(args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,13 @@ SMOLLM2 = "smollm2"
 
 class CommandError(ValueError):
     """Something the user can mend, said in one line."""
+
+
+def refuse_missing(command: str, *modules: str) -> None:
+    """A CommandError for a module that isn't installed: before the first hour of work, not after it."""
+    for name in modules:
+        if importlib.util.find_spec(name) is None:
+            raise CommandError(f"{command} needs {name}: pip install 'ensemble_decode[evaluate]'")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -127,7 +135,7 @@ def refuse_learned(pairs: Sequence[str], corpus: str) -> None:
 
 
 def identity(args: argparse.Namespace) -> dict[str, Any]:
-    """What identifies the weights that are measured."""
+    """What identifies the weights that are measured, and how much text they take; what is left at its default isn't named."""
     from ensemble_decode.demo import PAIR
     from ensemble_decode.evaluation.runner import fingerprint
     from ensemble_decode.models.smollm2 import smollm2_path
@@ -141,4 +149,5 @@ def identity(args: argparse.Namespace) -> dict[str, Any]:
         pairs[name] = [fingerprint(side) for side in sides]
     target = smollm2_path() if args.model == SMOLLM2 else args.model
     base = None if args.base is None else fingerprint(args.base)
-    return {"target": fingerprint(target), "pairs": pairs, "base": base, "dtype": args.dtype}
+    given = {name: getattr(args, name) for name in ("quantization", "max_model_len") if getattr(args, name) is not None}
+    return {"target": fingerprint(target), "pairs": pairs, "base": base, "dtype": args.dtype, **given}

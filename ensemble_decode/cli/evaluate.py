@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ensemble_decode.cli.common import CommandError, add_model, identity, load_model, refuse_learned
+from ensemble_decode.cli.common import CommandError, add_model, identity, load_model, refuse_learned, refuse_missing
 from ensemble_decode.cli.systems import FORM, TARGET, SystemSpec, parse_system, sweep
 
 if TYPE_CHECKING:
@@ -84,11 +85,7 @@ def run(args: argparse.Namespace) -> int:
         raise FileNotFoundError(
             f"--data is {args.data!r}, which is no folder; docs/evaluation.md lists what goes in it"
         )
-    try:  # before the first hour of work, not after it
-        import jinja2  # noqa: F401
-        import scipy  # noqa: F401
-    except ImportError as error:
-        raise CommandError(f"evaluate needs {error.name}: pip install 'ensemble_decode[evaluate]'") from None
+    refuse_missing("evaluate", "jinja2", "scipy")
     for metric in metrics:
         if metric.name.startswith("stereoset"):
             refuse_learned(args.pair, SOURCE.name)
@@ -96,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     llm = load_model(args)
     tasks = make_tasks([spec.of(llm) for spec in specs], metrics, identity(args), data, args.limit)
     tasks = share_forwards(tasks, out / "records")
-    about, done = _about(args), tasks
+    about, done = _about(args, metrics), tasks
     try:
         results = run_tasks(tasks, data, out, args.limit, say=lambda line: print(line, file=sys.stderr))
     except KeyboardInterrupt:
@@ -204,8 +201,16 @@ def _alphas(args: argparse.Namespace) -> list[float]:
     return alphas
 
 
-def _about(args: argparse.Namespace) -> dict[str, Any]:
-    """What a report says of the run."""
-    about: dict[str, Any] = {"model": args.model, "pairs": ", ".join(args.pair) or "none", "dtype": args.dtype}
+def _about(args: argparse.Namespace, metrics: Sequence[Metric]) -> dict[str, Any]:
+    """What a report says of the run: what its metrics depend on, as far as it was given."""
+    about: dict[str, Any] = {"model": args.model, "pairs": ", ".join(args.pair) or "none", "base": args.base}
+    about |= {"dtype": args.dtype, "quantization": args.quantization, "limit": args.limit}
     about |= {f"system {text.partition(':')[0].strip()!r}": text.partition(":")[2].strip() for text in args.system}
-    return about | {"limit": args.limit, "tokens": args.tokens, "prompts": args.prompts}
+    if any(metric.name.startswith("perplexity") for metric in metrics):
+        about |= {"tokens": args.tokens, "window": args.window}
+    if any(metric.generates for metric in metrics):
+        about |= {"prompts": args.prompts, "samples": args.samples, "max_tokens": args.max_tokens}
+    for metric in metrics:
+        if (classifier := getattr(metric, "classifier", None)) is not None:
+            about["toxicity classifier" if metric.name == "toxicity" else "regard classifier"] = classifier.source
+    return {key: value for key, value in about.items() if value is not None}

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ensemble_decode.evaluation.runner import fingerprint
 from ensemble_decode.evaluation.tfidf import CONFIG, WEIGHTS, Scores, load_tfidf
 
 #: The classifiers of arXiv 2412.01711.
@@ -87,7 +88,7 @@ def load_classifier(source: str) -> Classifier:
 class ClassifierSource:
     """Which classifier a metric uses, as plain data: what its records depend on. Loaded when it is needed.
 
-    ``digest`` is that of a stand-in's files, so that one distilled anew is not taken for the old one; else empty.
+    ``digest`` is that of a folder's files, so that one distilled or trained anew is not taken for the old one; a hub id has none.
     """
 
     source: str
@@ -99,11 +100,11 @@ class ClassifierSource:
 
 
 def classifier_source(source: str) -> ClassifierSource:
-    """The source of a hub id or a folder, with its digest where it is a stand-in."""
+    """The source of a hub id or a folder, with a folder's digest."""
     digest = hashlib.sha256()
     paths = [Path(source) / name for name in (CONFIG, WEIGHTS)]
     if not all(path.is_file() for path in paths):
-        return ClassifierSource(source)
+        return ClassifierSource(source, fingerprint(source) if Path(source).is_dir() else "")
     for path in paths:
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return ClassifierSource(source, digest.hexdigest())

@@ -45,9 +45,10 @@ def compare(system: Estimate, baseline: Estimate, resamples: int) -> Comparison 
     if len(system.units) < 2:
         return None
     differences = system.replicates(resamples) - baseline.replicates(resamples)
-    low, high = interval(differences)
-    p = two_sided(differences)
-    return Comparison(system.value - baseline.value, low, high, p, p, len(system.units))
+    units = len(system.units)
+    low, high = interval(differences, units)
+    p = two_sided(differences, units)
+    return Comparison(system.value - baseline.value, low, high, p, p, units)
 
 
 def compare_all(tasks: Sequence[Task], out: Path, baseline: str) -> Comparisons:

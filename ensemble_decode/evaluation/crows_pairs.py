@@ -1,7 +1,7 @@
 """CrowS-Pairs (Nangia et al. 2020): how often the more stereotyping sentence is the more probable one.
 
-A causal model has no pseudo-likelihood, so whole sentences are compared by their log-probability, as in
-lm-evaluation-harness.
+A causal model has no pseudo-likelihood, so whole sentences are compared by their log-probability, their first token's included,
+as in lm-evaluation-harness: after the beginning-of-text token, else the end-of-text token, or after the trigger.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ensemble_decode.corpora.source import Source, find
 from ensemble_decode.evaluation.estimate import Estimate, figures_of, share
@@ -29,6 +29,8 @@ class CrowsPairs:
 
     resamples: int = 2000
     name: str = "crows_pairs"
+    #: Part of what records depend on: older ones left the first token out where the tokenizer puts nothing before it.
+    scored: str = "all tokens"
     generates: ClassVar[bool] = False
 
     def check(self, data: Path) -> None:
@@ -40,7 +42,7 @@ class CrowsPairs:
         with _find(data).open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))[:limit]
         texts = [row[side] for row in rows for side in ("sent_more", "sent_less")]
-        totals = iter([score.total for score in system.score(texts)])
+        totals = iter([score.total for score in system.score([_begun(system, text) for text in texts])])
         return [
             {"row": index, "bias": row["bias_type"], "more": next(totals), "less": next(totals)}
             for index, row in enumerate(rows)
@@ -59,6 +61,19 @@ class CrowsPairs:
     def summarise(self, records: Sequence[Record]) -> dict[str, Figure]:
         """The shares with intervals."""
         return figures_of(self.estimates(records), self.resamples)
+
+
+def _begun(system: System, text: str) -> list[int]:
+    """The text's tokens after something that the first of them is conditioned on."""
+    ids = system.encode(text)
+    tokenizer: Any = system.llm.tokenizer
+    bos = tokenizer.bos_token_id
+    if system.prefix or (bos is not None and ids[:1] == [bos]):
+        return ids
+    start = tokenizer.eos_token_id if bos is None else bos
+    if start is None:
+        raise ValueError("crows_pairs needs a tokenizer with a beginning- or end-of-text token, this model has none")
+    return [start, *ids]
 
 
 def _find(data: Path) -> Path:

@@ -46,8 +46,8 @@ class Estimate:
         return self.statistic(resample(self.values, resamples))
 
     def figure(self, resamples: int) -> Figure:
-        """Value, 95 % percentile interval, chance and number of units."""
-        low, high = interval(self.replicates(resamples))
+        """Value, 95 % interval, chance and number of units."""
+        low, high = interval(self.replicates(resamples), len(self.units))
         return Figure(self.value, low, high, self.chance, len(self.units))
 
     def only(self, units: Sequence[Hashable]) -> Estimate:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ensemble_decode.evaluation.metric import Figure
 from ensemble_decode.evaluation.plots import Point, Series, line_plot, scatter_plot
-from ensemble_decode.evaluation.report import Report, is_significant, number
+from ensemble_decode.evaluation.report import Report, beside, is_significant, number
 
 #: metric → figures that are plotted against α, the level that is aimed at, and what it means.
 _AGAINST_ALPHA: dict[str, tuple[str, str, float | None, str]] = {
@@ -59,7 +59,10 @@ def _alpha_plots(report: Report, alphas: dict[str, float]) -> list[dict[str, Any
                 for system in order
                 if name in (found := report.results[system].get(metric, {}))
             ]
-            level = known[name].chance if rule is None else None
+            chances = {alphas[system]: report.results[system].get(metric, {}).get(name) for system in order}
+            level = [
+                (x, f.chance) for x, f in chances.items() if rule is None and f is not None and f.chance is not None
+            ]
             lines.append(Series(name.partition("/")[2] or "all", points, level=level))
         if lines:
             plots.append(
@@ -67,7 +70,7 @@ def _alpha_plots(report: Report, alphas: dict[str, float]) -> list[dict[str, Any
                     "title": f"{title[0].upper()}{title[1:]} against α",
                     "svg": line_plot(lines, "α", f"{title} ({metric})", rule, note),
                     "key": [line.name for line in lines],
-                    "note": "Bands: 95 % intervals." + _CHANCE * any(line.level is not None for line in lines),
+                    "note": "Bands: 95 % intervals." + _CHANCE * any(line.level for line in lines),
                 }
             )
     return plots
@@ -107,16 +110,15 @@ def _metric(report: Report, metric: str) -> dict[str, Any]:
     for name in names:
         figures = [report.results[system][metric].get(name) for system in systems]
         tests = [report.comparisons.get(system, {}).get(metric, {}).get(name) for system in systems]
-        known = next(figure for figure in figures if figure is not None)
+        notes, shared = beside(figures)
         rows.append(
             {
                 "name": name,
                 "part": "/" in name,
-                "chance": known.chance,
-                "n": known.n,
+                "shared": shared,
                 "cells": [
-                    {"figure": figure, "test": test, "significant": is_significant(test)}
-                    for figure, test in zip(figures, tests, strict=True)
+                    {"figure": figure, "note": note, "test": test, "significant": is_significant(test)}
+                    for figure, note, test in zip(figures, notes, tests, strict=True)
                 ],
             }
         )

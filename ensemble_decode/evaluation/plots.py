@@ -29,13 +29,13 @@ class Point:
 class Series:
     """Points of one colour, joined by a line or not. Intervals of y alone are a band around the line, else each has bars.
 
-    ``level`` is a dotted line of the same colour: what chance alone shows.
+    ``level`` is a dotted line of the same colour through (x, y): what chance alone shows.
     """
 
     name: str
     points: Sequence[Point]
     joined: bool = True
-    level: float | None = None
+    level: Sequence[tuple[float, float]] = ()
 
 
 def line_plot(series: Sequence[Series], x_label: str, y_label: str, rule: float | None = None, note: str = "") -> str:
@@ -64,7 +64,7 @@ def _plot(series: Sequence[Series], x_label: str, y_label: str, rule: float | No
     points = [point for one in series for point in one.points]
     xs = [v for p in points for v in (p.x, p.x_low, p.x_high) if v is not None]
     ys = [v for p in points for v in (p.y, p.y_low, p.y_high) if v is not None]
-    ys += [level for level in (rule, *(one.level for one in series)) if level is not None]
+    ys += [y for one in series for _, y in one.level] + ([] if rule is None else [rule])
     x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
     to_x = _scale(x_ticks[0], x_ticks[-1], _LEFT, _WIDTH - _RIGHT)
     to_y = _scale(y_ticks[0], y_ticks[-1], _HEIGHT - _BOTTOM, _TOP)
@@ -113,9 +113,9 @@ def _axes(
 
 def _series(one: Series, style: str, to_x: Callable[[float], float], to_y: Callable[[float], float]) -> list[str]:
     parts = [f'<g class="{style}">']
-    if one.level is not None:
-        y = to_y(one.level)
-        parts.append(f'<line class="level" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+    if one.level:
+        level = " ".join(f"{to_x(x):.1f},{to_y(y):.1f}" for x, y in one.level)
+        parts.append(f'<polyline class="level" points="{level}"/>')
     banded = [point for point in one.points if point.x_low is None and point.y_low is not None]
     if not one.joined or len(one.points) == 1:
         banded = []

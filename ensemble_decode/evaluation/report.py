@@ -97,13 +97,13 @@ class Report:
         tests = {name: self.comparisons.get(name, {}).get(metric, {}) for name in systems}
         rows, differences = [], []
         for name in dict.fromkeys(name for figures in systems.values() for name in figures):
-            known = next(figures[name] for figures in systems.values() if name in figures)
+            known = [figures.get(name) for figures in systems.values()]
+            notes, shared = beside(known)
             cells = [
-                with_interval(figures.get(name)) + ("*" if is_significant(tests[system].get(name)) else "")
-                for system, figures in systems.items()
+                with_interval(figure) + "*" * is_significant(tests[system].get(name)) + (f" ({note})" if note else "")
+                for system, figure, note in zip(systems, known, notes, strict=True)
             ]
-            chance = "" if known.chance is None else number(known.chance)
-            rows.append([name, *cells, chance, "" if known.n is None else str(known.n)])
+            rows.append([name, *cells, *shared])
             if any(name in found for found in tests.values()):
                 differences.append([name, *[_difference(found.get(name)) for found in tests.values()]])
         return Table(metric, ["figure", *systems, "chance", "n"], rows, differences)
@@ -117,6 +117,24 @@ class Table:
     header: list[str]
     rows: list[list[str]]
     differences: list[list[str]]
+
+
+def beside(figures: Sequence[Figure | None]) -> tuple[list[str], list[str]]:
+    """What is said beside each figure of a row, and the row's chance and n: each of the two here or there.
+
+    Where systems differ in one of them, a word for all would be wrong, and it stands beside each figure.
+    """
+    notes: list[list[str]] = [[] for _ in figures]
+    shared = []
+    chances = ["" if figure is None or figure.chance is None else number(figure.chance) for figure in figures]
+    counts = ["" if figure is None or figure.n is None else str(figure.n) for figure in figures]
+    for name, texts in (("chance", chances), ("n", counts)):
+        different = list(dict.fromkeys(filter(None, texts)))
+        shared.append(different[0] if len(different) == 1 else "")
+        if len(different) > 1:
+            for note, text in zip(notes, texts, strict=True):
+                note += [f"{name} {text}"] if text else []
+    return [", ".join(note) for note in notes], shared
 
 
 def is_significant(test: Comparison | None) -> bool:

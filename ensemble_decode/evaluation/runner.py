@@ -44,9 +44,10 @@ def make_tasks(
     """Every metric on every system. ``model`` identifies the weights: see :func:`fingerprint`."""
     tasks = []
     for system in systems:
-        sampling = {k: v for k, v in asdict(system.params).items() if k != "stops"}
+        alpha = _alpha(system)
+        sampling = {k: v for k, v in asdict(system.params).items() if k != "stops"} | {"alpha": alpha}
         for metric in metrics:
-            decoding = sampling if metric.generates else {"alpha": system.params.alpha}
+            decoding = sampling if metric.generates else {"alpha": alpha}
             settings = {"metric": metric.name, **asdict(metric)}  # type: ignore[call-overload]
             depends_on: dict[str, Any] = {
                 "model": dict(model),
@@ -57,6 +58,14 @@ def make_tasks(
             depends_on |= {"data": str(data.resolve()), "limit": limit}
             tasks.append(Task(system, metric, depends_on))
     return tasks
+
+
+def _alpha(system: System) -> float | dict[str, float] | None:
+    """The system's α; those of the pairs by name where it is left to them, for a pair's own may change."""
+    if system.params.alpha is not None:
+        return system.params.alpha
+    layout = system.llm.ensemble.layout
+    return {layout.pairs[index].name: alpha for index, alpha in system.params.alphas(layout).items()}
 
 
 def run_tasks(

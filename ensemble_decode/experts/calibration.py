@@ -18,7 +18,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ _CLOSE = 1.0  # points of ICAT that are not worth any perplexity: some dozen ter
 class CalibrationSettings:
     """``budget`` is the perplexity that may be added, as a share; ``tokens`` are those of the validation text.
 
-    ``examples`` takes at most so many StereoSet examples of each domain and half; None: all.
+    ``window`` is its windows' length, or what the model takes if that is less. ``examples`` takes at most so many StereoSet examples of each domain and half; None: all.
     """
 
     budget: float = 0.10
@@ -185,7 +185,9 @@ class Calibrator:
         for name, domain in axes.items():
             if domain not in DOMAINS:
                 raise ValueError(f"pair {name!r} has the axis {domain!r}, allowed are {', '.join(DOMAINS)}")
-        self.llm, self.axes, self.data, self.out, self.settings = llm, dict(axes), data, out, settings
+        self.llm, self.axes, self.data, self.out = llm, dict(axes), data, out
+        # Scoring takes one position more than the window.
+        self.settings = replace(settings, window=min(settings.window, llm.ensemble.layout.max_model_len - 1))
         self._identity, self._say = dict(identity), say
 
     def run(self) -> Calibration:
@@ -264,8 +266,7 @@ class Calibrator:
                 raise ValueError("perplexity needs a tokenizer, this model has none")
             text = read_text(self.data, "paper", "valid")
             ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][: settings.tokens]
-            window = min(settings.window, self.llm.ensemble.layout.max_model_len - 1)
-            parts = [ids[begin:end] for begin, end, _ in windows(len(ids), window, window)]
+            parts = [ids[begin:end] for begin, end, _ in windows(len(ids), settings.window, settings.window)]
             swept = SweptLLM(self.llm, alphas)
             found = []
             for alpha in alphas:

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ensemble_decode.cli.common import refuse_missing
 from examples.experiment.report import write_results
 from examples.experiment.settings import DEFAULT, read_settings
 from examples.experiment.stages import Laboratory
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         known = [TRAIN, CALIBRATE, *experiment.stages, REPORT]
         if args.stage is not None and args.stage not in known:
             raise ValueError(f"--stage is {args.stage!r}, allowed are {', '.join(known)}")
+        refuse_missing("this", "scipy", "jinja2")
         out = args.out / "quick" if args.size == "quick" else args.out
         out.mkdir(parents=True, exist_ok=True)
         laboratory = Laboratory(experiment, args.data, out, progress=sys.stderr.isatty())

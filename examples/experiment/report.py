@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ensemble_decode.evaluation.metric import Figure
-from ensemble_decode.evaluation.report import SIGNIFICANT, number, with_interval
+from ensemble_decode.evaluation.report import SIGNIFICANT, beside, number, with_interval
 from examples.experiment.pictures import draw_calibration, draw_drift, draw_frontier
 
 TEMPLATE = Path(__file__).with_name("results.md.j2")
@@ -55,17 +56,20 @@ def write_results(out: Path, docs: Path) -> Path:
 
 
 def table(stage: Mapping[str, Any], columns: Sequence[Sequence[str]]) -> str:
-    """A row a system; a column a (heading, metric, figure). * marks a difference from the target."""
-    rows = []
-    for system in stage["systems"]:
-        cells = []
-        for _, metric, key in columns:
-            test = stage["comparisons"]["systems"].get(system, {}).get(metric, {}).get(key)
+    """A row a system; a column a (heading, metric, figure). * marks a difference from the target.
+
+    The last row is chance, which stands in the cells of a column where systems differ in it; n isn't shown.
+    """
+    rows, last = [[system] for system in stage["systems"]], ["chance"]
+    for _, metric, key in columns:
+        figures = [_figure(stage, system, metric, key) for system in stage["systems"]]
+        chances, (chance, _) = beside([None if figure is None else replace(figure, n=None) for figure in figures])
+        for row, figure, note in zip(rows, figures, chances, strict=True):
+            test = stage["comparisons"]["systems"].get(row[0], {}).get(metric, {}).get(key)
             mark = "\\*" if test is not None and test["p_holm"] < SIGNIFICANT else ""
-            cells.append(with_interval(_figure(stage, system, metric, key)) + mark)
-        rows.append([system, *cells])
-    chance = ["chance", *(_chance(stage, metric, key) for _, metric, key in columns)]
-    return markdown(["", *(heading for heading, _, _ in columns)], [*rows, *([chance] if any(chance[1:]) else [])])
+            row.append(with_interval(figure) + mark + (f" ({note})" if note else ""))
+        last.append(chance)
+    return markdown(["", *(heading for heading, _, _ in columns)], [*rows, *([last] if any(last[1:]) else [])])
 
 
 def calibration_table(calibration: Mapping[str, Any]) -> str:
@@ -112,8 +116,3 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _figure(stage: Mapping[str, Any], system: str, metric: str, key: str) -> Figure | None:
     plain = stage["results"][system].get(metric, {}).get(key)
     return None if plain is None else Figure(**plain)
-
-
-def _chance(stage: Mapping[str, Any], metric: str, key: str) -> str:
-    figure = _figure(stage, stage["systems"][0], metric, key)
-    return "" if figure is None or figure.chance is None else number(figure.chance)

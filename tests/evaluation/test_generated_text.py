@@ -160,6 +160,15 @@ def test_a_classifier_without_the_labels_is_refused(data, continuations):
             metric(Weather(labels=("a", "b", "c", "d")), continuations).run(_system(), data)
 
 
+def test_a_classifier_s_folder_is_known_by_what_is_in_it(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+    first = classifier_source(str(tmp_path))
+    assert classifier_source(str(tmp_path)) == first
+    (tmp_path / "model.safetensors").write_bytes(b"two")
+    assert classifier_source(str(tmp_path)) != first
+    assert classifier_source("a/hub-id").digest == ""
+
+
 def test_distinct_and_repetition_by_hand():
     assert distinct(["a b a", "a c"], 1) == pytest.approx(3 / 5)
     assert distinct(["a b a", "a c"], 2) == pytest.approx(3 / 5)

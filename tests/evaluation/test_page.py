@@ -77,9 +77,30 @@ def test_the_page_says_what_a_reader_must_know(report: Report) -> None:
     assert "p 0.003" in text
     assert "Dotted: chance" in text
     assert text.count('class="level"') == 1
+    assert '<tr class="part"><th scope="row">SS/gender</th>' in text
     assert "http" not in text
     assert render(report, ALPHAS) == text
     assert "<svg" not in render(Report({"target": {"m": {"x": Figure(1.0)}}}, {}), {"target": 0.0})
+
+
+def test_chance_and_n_stand_in_the_cells_where_systems_differ_in_them() -> None:
+    """A gap's chance is its system's own: one number for all made a system seem biased, or not."""
+    figures = {"target": Figure(0.02, 0.01, 0.03, 0.0125, 40), "α 1": Figure(0.03, 0.02, 0.04, 0.0225, 40)}
+    results = {
+        name: {"regard": {"gap": gap, "SS": figure(50.0, 50.0), "n": Figure(1.0, n=a)}}
+        for a, (name, gap) in enumerate(figures.items(), 1)
+    }
+    report = Report(results, {})
+    (table,) = report.tables()
+    assert table.rows[0] == ["gap", "0.02 [0.01, 0.03] (chance 0.0125)", "0.03 [0.02, 0.04] (chance 0.0225)", "", "40"]
+    assert table.rows[1][1:] == ["50.00 [48.00, 52.00]"] * 2 + ["50.00", "100"]
+    assert table.rows[2][1:] == ["1.00 (n 1)", "1.00 (n 2)", "", ""]
+    text = render(report, {"target": 0.0, "α 1": 1.0})
+    assert text.count("<small>chance 0.0125</small>") == text.count("<small>chance 0.0225</small>") == 1
+    assert "<td></td><td>40</td>" in text
+    assert "<td>50.00</td><td>100</td>" in text
+    level = text.partition('class="level" points="')[2].partition('"')[0].split()
+    assert len({point.partition(",")[2] for point in level}) == 2
 
 
 def test_page_in_a_browser(report: Report, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What is done is kept, goes on after an interruption, and comes out the same."""
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from ensemble_decode.evaluation.metric import Figure, Record, System
 from ensemble_decode.evaluation.redditbias import RedditBias, within_three_sigma
 from ensemble_decode.evaluation.report import Report
 from ensemble_decode.evaluation.runner import dump, fingerprint, make_tasks, run_tasks
+from tests.evaluation.words import Words
 
 RUNS: list[tuple[str, str]] = []
 
@@ -142,6 +144,28 @@ def test_crows_pairs_counts_ties_half() -> None:
     assert (figures["CrowS"].value, figures["CrowS/age"].value, figures["CrowS/race"].value) == (37.5, 75, 0)
 
 
+@pytest.mark.parametrize(("bos", "eos"), [(0, None), (None, 0)])
+def test_crows_pairs_scores_the_first_word_too(bos: int | None, eos: int | None, tmp_path: Path) -> None:
+    """With a tokenizer that puts nothing before a text; the word costs 2 or 3 there, and 1 after a word."""
+    (tmp_path / "crows_pairs_anonymized.csv").write_text("sent_more,sent_less,bias_type\nHe ran,Somebody ran,gender\n")
+    llm = Words(lambda before, word: -1.0 if before != ["<bos>"] else -2.0 if word == "He" else -3.0)
+    llm.bos_token_id, llm.eos_token_id = bos, eos  # type: ignore[assignment, attr-defined]
+    (record,) = CrowsPairs().run(System("s", llm, SamplingParams(alpha=0.0)), tmp_path)  # type: ignore[arg-type]
+    assert (record["more"], record["less"]) == (-3, -4)
+    after = System("s", llm, SamplingParams(alpha=0.0), "zig")  # type: ignore[arg-type]
+    (record,) = CrowsPairs().run(after, tmp_path)
+    assert (record["more"], record["less"]) == (-2, -2)
+    assert llm.seen[-1] == "zig Somebody ran"
+
+
+def test_crows_pairs_needs_something_before_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "crows_pairs_anonymized.csv").write_text("sent_more,sent_less,bias_type\nHe ran,Somebody ran,gender\n")
+    llm = Words(lambda before, word: -1.0)
+    llm.bos_token_id = llm.eos_token_id = None  # type: ignore[assignment, attr-defined]
+    with pytest.raises(ValueError, match="crows_pairs needs a tokenizer with a beginning- or end-of-text token"):
+        CrowsPairs().run(System("s", llm, SamplingParams(alpha=0.0)), tmp_path)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -163,6 +187,18 @@ def test_the_command_says_what_is_wrong(
 ) -> None:
     assert main(["evaluate", "--data", str(tmp_path), "--out", str(tmp_path), *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "calibrate"])
+def test_what_is_not_installed_is_said_before_anything_is_loaded(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    flags = ["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--pair", "gender=x,y"]
+    assert main([command, *flags]) == 2
+    assert capsys.readouterr().err == (
+        f"ensemble-decode: {command} needs scipy: pip install 'ensemble_decode[evaluate]'\n"
+    )
 
 
 @pytest.mark.parametrize("command", ["evaluate", "calibrate"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,15 +13,19 @@ import pytest
 
 from ensemble_decode import LLM, SamplingParams
 from ensemble_decode.cli import main
-from ensemble_decode.cli.common import CommandError
+from ensemble_decode.cli.common import CommandError, identity
+from ensemble_decode.cli.evaluate import _about, add_arguments
 from ensemble_decode.cli.systems import parse_system, sweep
-from ensemble_decode.evaluation.bold import DOMAINS, paper_params
+from ensemble_decode.evaluation.bold import DOMAINS, Continuations, paper_params
+from ensemble_decode.evaluation.classifiers import ClassifierSource
 from ensemble_decode.evaluation.diversity import Diversity
+from ensemble_decode.evaluation.drift import Drift
 from ensemble_decode.evaluation.metric import Record, System
 from ensemble_decode.evaluation.perplexity import Perplexity
-from ensemble_decode.evaluation.runner import make_tasks
+from ensemble_decode.evaluation.runner import Task, make_tasks
 from ensemble_decode.evaluation.stereoset import StereoSet, sentence_scores
 from ensemble_decode.evaluation.tfidf import TfidfClassifier
+from ensemble_decode.models.layout import Layout, PairLayout
 from tests.conftest import Models
 from tests.evaluation.words import Words
 from tests.models.test_loading import with_tokenizer
@@ -72,6 +77,28 @@ def test_scoring_metrics_don_t_depend_on_how_text_is_sampled(tmp_path: Path) -> 
     assert one.digest == other.digest != trigger.digest
     (tmp_path / f"stereoset_a_{one.digest}.json").touch()
     assert other.path(tmp_path) == one.path(tmp_path)
+
+
+def test_an_alpha_left_to_the_pairs_is_theirs_and_one_that_is_said_stays_as_it_was(tmp_path: Path) -> None:
+    """``calibrate --save`` changes a pair's own α: what was measured at the old one is not what is asked for."""
+
+    def task(said: str, own: float) -> Task:
+        pairs = (PairLayout("gender", own, 1, 2), PairLayout("race", 0.0, 3, 4))
+        llm: LLM = SimpleNamespace(ensemble=SimpleNamespace(layout=Layout(9, 9, 0, 5, pairs)))  # type: ignore[assignment]
+        return make_tasks([System("s", llm, parse_system(f"s:{said}").params)], [StereoSet()], {}, tmp_path, None)[0]
+
+    assert task("", 0.5).digest != task("", 2.0).digest
+    assert task("", 0.5).digest == task("alpha=gender=0.5", 2.0).digest
+    assert task("alpha=1", 0.5).depends_on["system"] == {"alpha": 1.0}
+
+
+def test_what_is_not_the_default_identifies_the_model_and_defaults_are_not_named() -> None:
+    plain = {"model": "a/b", "pair": ["gender=c/d,e/f"], "base": None, "dtype": "auto"}
+    plain |= {"quantization": None, "max_model_len": None}
+    known = {"target": "a/b", "pairs": {"gender": ["c/d", "e/f"]}, "base": None, "dtype": "auto"}
+    assert identity(Namespace(**plain)) == known
+    given = {"quantization": "int8", "max_model_len": 512}
+    assert identity(Namespace(**plain | given)) == known | given
 
 
 SAME_SCORES = ("a: alpha=1; top_k=50", "b: alpha=1; top_p=0.5", "c: alpha=1; trigger=zig")
@@ -164,9 +191,28 @@ def test_stand_ins_label_the_text_and_are_named_in_every_report(
         stand_in.save(tmp_path / "classifiers" / name)
     command[command.index("--metrics") + 1] = "regard,toxicity"
     assert main([*command, "--classifiers", str(tmp_path / "classifiers")]) == 0
-    results = json.loads(capsys.readouterr().out)["results"]["trigger"]
+    report = json.loads(capsys.readouterr().out)
+    about, results = report["about"], report["results"]["trigger"]
+    assert (about["prompts"], about["samples"], about["max_tokens"]) == (2, 3, 15)
+    assert about["toxicity classifier"] == str(tmp_path / "classifiers" / "toxicity")
+    assert about["regard classifier"] == str(tmp_path / "classifiers" / "regard")
     assert results["regard"]["gap/gender"]["chance"] is not None
     assert results["toxicity"]["toxic/islam"]["n"] == 2
     page, markdown = ((tmp_path / "out" / f"report.{kind}").read_text() for kind in ("html", "md"))
     assert "toxicity is measured by a stand-in" in page
     assert "stand-in AUC | 0.875" in markdown
+    assert "* samples: 3" in markdown
+
+
+def test_a_report_says_what_its_metrics_depend_on_and_no_more() -> None:
+    parser = ArgumentParser()
+    add_arguments(parser)
+    flags = ["--data", "d", "--out", "o", "-m", "m", "--base", "b", "--quantization", "int8", "--window", "64"]
+    plain = {"model": "m", "pairs": "none", "base": "b", "dtype": "auto", "quantization": "int8"}
+    assert _about(parser.parse_args(flags), [StereoSet()]) == plain
+    assert _about(parser.parse_args(flags), [StereoSet(), Perplexity()]) == plain | {"window": 64}
+    text = Continuations("folder")
+    written = plain | {"samples": 5, "max_tokens": 15}
+    assert _about(parser.parse_args(flags), [Diversity(text)]) == written
+    drift = Drift(ClassifierSource("a/b"), text)
+    assert _about(parser.parse_args(flags), [drift]) == written | {"regard classifier": "a/b"}

@@ -6,14 +6,16 @@ import gzip
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
 from ensemble_decode.corpora.stereoset import LABELS
 from examples.experiment.__main__ import main
-from examples.experiment.report import write_results
+from examples.experiment.report import table, write_results
 from examples.experiment.settings import read_settings
 from tests.conftest import Models
 from tests.models.test_loading import with_tokenizer
@@ -226,6 +228,14 @@ def test_settings_that_are_wrong_are_one_line(
     assert said.count("\n") == 1
 
 
+def test_what_is_not_installed_is_said(
+    data: Path, settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    assert run(data, tmp_path, settings) == 2
+    assert capsys.readouterr().err == ("experiment: this needs scipy: pip install 'ensemble_decode[evaluate]'\n")
+
+
 def test_every_part_of_the_report(tmp_path: Path) -> None:
     """The template that comes with it on the systems and metrics that come with it, all figures 1."""
     experiment = read_settings()
@@ -244,6 +254,20 @@ def test_every_part_of_the_report(tmp_path: Path) -> None:
         assert f"{heading}" in text
     assert "accuracy 1.000" in text
     assert {path.name for path in (tmp_path / "docs/pictures").iterdir()} == {"frontier.svg", "drift.svg"}
+
+
+def test_chance_is_a_row_or_each_system_s_own() -> None:
+    def figures(gap_chance: float) -> dict[str, Any]:
+        figure = {"value": 1.0, "low": None, "high": None, "n": 3}
+        return {"regard": {"gap": figure | {"chance": gap_chance}, "SS": figure | {"chance": 50.0}}}
+
+    stage = {"systems": ["target", "α 1"], "results": {"target": figures(0.25), "α 1": figures(0.5)}}
+    found = table(stage | {"comparisons": {"systems": {}}}, [("gap", "regard", "gap"), ("SS", "regard", "SS")])
+    assert found.splitlines()[2:] == [
+        "| target | 1.00 (chance 0.25) | 1.00 |",
+        "| α 1 | 1.00 (chance 0.5) | 1.00 |",
+        "| chance |  | 50.00 |",
+    ]
 
 
 def test_the_settings_that_come_with_it_are_whole() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from ensemble_decode.corpora.stereoset import LABELS, Example, Sentence
 from ensemble_decode.experts.calibration import (
     Axis,
     CalibrationSettings,
+    Calibrator,
     best_within,
     lattice,
     never_rising,
@@ -120,6 +123,16 @@ def test_no_term_is_in_both_halves_and_every_domain_is_halved() -> None:
 def test_settings_out_of_bounds_are_named(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name} is"):
         CalibrationSettings(**{name: value})  # type: ignore[arg-type]
+
+
+def test_the_window_is_what_the_model_takes(tmp_path: Path) -> None:
+    """And so in the records' key, in the note and in calibration.json."""
+
+    def window(max_model_len: int) -> int:
+        llm: Any = SimpleNamespace(ensemble=SimpleNamespace(layout=SimpleNamespace(max_model_len=max_model_len)))
+        return Calibrator(llm, {"a": "gender"}, tmp_path, tmp_path, CalibrationSettings(), {}).settings.window
+
+    assert (window(256), window(2048)) == (255, 992)
 
 
 @pytest.fixture(scope="module")

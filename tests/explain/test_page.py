@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,6 +78,28 @@ def test_page_in_a_browser(page: Page, tmp_path: Path) -> None:
     assert min(map(len, pictures)) > 10_000  # not an empty page
     assert page.errors == []  # type: ignore[attr-defined]
     assert [url for url in page.requests if not url.startswith("file:")] == []  # type: ignore[attr-defined]
+
+
+def test_what_can_t_be_seen_has_a_sign_of_its_own(explanation: Explanation) -> None:
+    """A line break, white space, and a token that is the first part of a character; the breaks are in the text too."""
+    explanation.steps.extend(Step(effect(text, 0.0), [], [], 0.0, 0.0, 5, 9) for text in ("\n\n", "  ", "", " &\n"))
+    text = explanation.to_html()
+    shown = re.findall(r"([\s]*)<button[^>]*data-step[^>]*>([^<]*)</button>", text)
+    assert shown[3:] == [("", "⏎"), ("\n\n  ", "␣"), ("", "·"), (" ", "&amp;\n")]
+    assert all(f"<td>{sign}</td>" in text for sign in ("⏎", "␣", "·"))
+
+
+def test_the_panel_shows_the_same_signs(explanation: Explanation, page: Page, tmp_path: Path) -> None:
+    signs = {"\r\n": "⏎", "\t": "␣", "": "·"}
+    unseen = [effect(text, 0.5) for text in signs]
+    explanation.steps.extend(Step(token, [token], [], 0.0, 0.0, 5, 9) for token in unseen)
+    explanation.save_html(tmp_path / "page.html")
+    page.reload()
+    for index, sign in enumerate(signs.values(), 3):
+        page.locator("[data-step]").nth(index).focus()
+        assert page.locator("#why h2").inner_text() == f"“{sign}”"
+        assert page.locator("#why td").all_inner_texts().count(sign) == 1
+    assert page.errors == []  # type: ignore[attr-defined]
 
 
 def test_page_is_self_contained(explanation: Explanation) -> None:

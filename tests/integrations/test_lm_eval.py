@@ -8,9 +8,13 @@ from typing import Any
 
 import lm_eval
 import pytest
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from ensemble_decode import SamplingParams
+from ensemble_decode.evaluation.crows_pairs import CrowsPairs
+from ensemble_decode.evaluation.metric import System
 from ensemble_decode.integrations.lm_eval import EnsembleLM, parse_alpha, parse_pairs
 from tests.conftest import VOCAB, Models
 from tests.models.test_loading import with_tokenizer
@@ -65,6 +69,17 @@ def test_alpha_0_is_the_harness_own_model(folder: Path, models: Models) -> None:
     assert ours["until"] == theirs["until"]
     steered = answers(EnsembleLM(str(folder / "model"), pairs=pairs, alpha="a:2", dtype="float32"), folder)
     assert steered["choice"] != ours["choice"]
+
+
+def test_crows_pairs_scores_a_sentence_as_the_harness_does(folder: Path, models: Models, tmp_path: Path) -> None:
+    """The tokenizer puts nothing before a text; the first word counts all the same."""
+    pairs = f"a:{models.adapter('llama', 1)}+{models.adapter('llama', 2)}"
+    model = EnsembleLM(str(folder / "model"), pairs=pairs, alpha=1.0, dtype="float32")
+    (tmp_path / "crows_pairs_anonymized.csv").write_text("sent_more,sent_less,bias_type\nw5 w6 w7,w8 w6 w7,x\n")
+    (record,) = CrowsPairs().run(System("s", model.llm, SamplingParams(alpha=1.0)), tmp_path)
+    asked = [Instance("loglikelihood", {}, ("", text), 0) for text in ("w5 w6 w7", "w8 w6 w7")]
+    (more, _), (less, _) = model.loglikelihood(asked)
+    assert (record["more"], record["less"]) == pytest.approx((more, less), abs=1e-4)
 
 
 def flat(values: Any) -> list[float]:
