@@ -17,6 +17,8 @@ DEFAULT = Path(__file__).with_name("settings.toml")
 _DEMO_LINES = Path(texts.__file__).parents[1] / "data" / "gender" / "train.txt"
 SIZES = ("quick", "large")
 _SOURCES = ("redditbias", "readings")
+#: Names that a stage can't have: what --stage calls otherwise, and files of OUT beside the stages' own.
+_TAKEN = ("train", "calibrate", "report", "calibration", "trigger-search")
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +147,8 @@ def _stage(
     pairs: Mapping[str, PairSpec],
     metrics: Mapping[str, Any],
 ) -> Stage:
+    if name in _TAKEN:
+        raise ValueError(f"stages has {name!r}, allowed is any name but {', '.join(_TAKEN)}")
     systems = tuple(_system(f"stages.{name}", entry, axes, pairs) for entry in table["systems"])
     for metric in table["metrics"]:
         if metric not in metrics:

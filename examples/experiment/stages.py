@@ -121,7 +121,7 @@ class Laboratory:
                 spec = replace(spec, alpha={n: a for n, a in self.calibrate().items() if a}, calibrated=False)
             if spec.searched:
                 search = self.experiment.trigger
-                trigger = find_trigger(str(self.target), self.data, self.out / "trigger.json", search)
+                trigger = find_trigger(str(self.target), self.data, self.out / "trigger-search.json", search)
                 spec = replace(spec, trigger=trigger, searched=False)
             specs.append(spec)
         return specs

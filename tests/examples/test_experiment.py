@@ -59,7 +59,7 @@ candidates = 2
 [stages.tables]
 metrics = ["stereoset", "perplexity"]
 systems = [{{ name = "target", alpha = 0 }}, {{ name = "α 1", alpha = 1 }}, {{ name = "half", alpha = {{ half = 2 }} }}]
-[stages.found]
+[stages.trigger]
 metrics = ["perplexity", "drift"]
 systems = [
     {{ name = "target", alpha = 0 }},
@@ -182,23 +182,23 @@ def test_a_stage_trains_what_it_needs_and_the_same_run_writes_the_same_bytes(
 def test_alpha_and_trigger_are_found_once_and_long_texts_are_measured_by_segment(
     data: Path, settings: Path, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(data, out, settings, "--stage", "found") == 0
+    assert run(data, out, settings, "--stage", "trigger") == 0
     found = json.loads((out / "calibration.json").read_text())
     assert found["perplexity"]["calibrated"] <= 1.1 * found["perplexity"]["target"]
-    results = json.loads((out / "found.json").read_text())["results"]
+    results = json.loads((out / "trigger.json").read_text())["results"]
     drift = results["steered"]["drift"]
     assert {"log-ratio/1", "log-ratio/5", "negative/1", "distinct-2/5", "stand-in accuracy"} <= drift.keys()
     assert drift["log-ratio/1"]["value"] != 0
     assert results["target"]["drift"]["log-ratio/1"]["value"] == 0
     plain, trigger = (results[name]["perplexity-paper"]["PPL"]["value"] for name in ("target", "Trigger"))
     assert plain != trigger
-    trigger_file = (out / "trigger.json").stat().st_mtime_ns
+    trigger_file = (out / "trigger-search.json").stat().st_mtime_ns
     capsys.readouterr()
-    assert run(data, out, settings, "--stage", "found") == 0
+    assert run(data, out, settings, "--stage", "trigger") == 0
     said = capsys.readouterr().out
     assert said.count("(kept)") == 8
     assert "training" not in said
-    assert (out / "trigger.json").stat().st_mtime_ns == trigger_file
+    assert (out / "trigger-search.json").stat().st_mtime_ns == trigger_file
     assert run(data, out, settings, "--stage", "report", "--docs", str(out / "pages")) == 0
     assert "held out: calibrated" in (out / "pages/results.md").read_text()
     assert (out / "pages/pictures/calibration.svg").is_file()
@@ -212,6 +212,7 @@ def test_alpha_and_trigger_are_found_once_and_long_texts_are_measured_by_segment
         ('axes = ["tea"]', 'axes = ["coffee"]', "'coffee'"),
         ("share = 0.5", "rank = -1", "rank is -1"),
         ('redditbias = "both"', "", "nothing to learn from"),
+        ("[stages.tables]", "[stages.calibration]", "stages has 'calibration'"),
         ('name = "α 1", alpha', 'name = "α 1", top_p = 2, alpha', "top_p is 2"),
     ],
 )
