@@ -118,6 +118,7 @@ def train_pair(
             "axis": texts.axis,
             "alpha": settings.alpha,
             "data": texts.name,
+            "texts": card.digest(texts),
             "unfit": list(texts.unfit),
             "licence": texts.licence,
             "settings": asdict(settings),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from ensemble_decode.evaluation.report import Report
 from ensemble_decode.evaluation.runner import Results, Task, fingerprint, make_tasks, run_tasks, write
 from ensemble_decode.evaluation.swept import share_forwards
 from ensemble_decode.experts.calibration import CalibrationSettings, Calibrator
+from ensemble_decode.experts.card import digest
 from ensemble_decode.experts.training import SIDES, train_pair
 from ensemble_decode.models.pairs import ExpertPair
 from ensemble_decode.models.smollm2 import HUB_ID, smollm2_path
@@ -39,24 +40,50 @@ class Laboratory:
 
     # ── pairs ───────────────────────────────────────────────────────────────────────────────────────────────────────
     def train(self, names: Sequence[str]) -> None:
-        """Train what is not trained yet; a killed training goes on from its last checkpoint."""
+        """Train what is not trained yet; a killed training goes on from its last checkpoint.
+
+        Raises
+        ------
+        ValueError
+            A pair is there that was trained with other settings or texts, or from another model.
+        """
         for name in names:
             spec = self.experiment.pairs[name]
-            if spec.folder is None and not (self.folder(spec) / "pair.json").is_file():
+            if spec.folder is None and (self.folder(spec) / "pair.json").is_file():
+                self._check_trained(spec)
+            elif spec.folder is None:
                 self.say(f"training {name}")
                 train_pair(
                     str(self.target),
                     spec.texts(self.data),
                     self.folder(spec),
                     spec.training,
-                    base_name=HUB_ID if self.experiment.model == SMOLLM2 else None,
+                    base_name=self.model_name,
                     say=self.say,
                     progress=self.progress,
                 )
 
+    def _check_trained(self, spec: PairSpec) -> None:
+        folder = self.folder(spec)
+        about = json.loads((folder / "pair.json").read_text(encoding="utf-8"))
+        trained = {"base_model": about["base_model"], **about["settings"]}
+        asked = {"base_model": self.model_name, **asdict(spec.training)}
+        if "texts" in about:  # pairs of older versions don't say
+            trained["texts"], asked["texts"] = about["texts"], digest(spec.texts(self.data))
+        changed = ", ".join(name for name in asked if trained.get(name) != asked[name])
+        if changed:
+            raise ValueError(
+                f"pair {spec.name!r} in {str(folder)!r} was trained with other {changed}: remove it or name another"
+            )
+
     def folder(self, spec: PairSpec) -> Path:
         """Where a pair is, or will be."""
         return self.out / "pairs" / spec.name if spec.folder is None else Path(spec.folder).expanduser()
+
+    @property
+    def model_name(self) -> str:
+        """The model as pairs and reports name it."""
+        return HUB_ID if self.experiment.model == SMOLLM2 else self.experiment.model
 
     @cached_property
     def target(self) -> str | Path:
@@ -153,7 +180,7 @@ class Laboratory:
     def about(self, stage: Stage, specs: Sequence[SystemSpec]) -> Mapping[str, Any]:
         """What a stage's report says of itself."""
         return {
-            "model": HUB_ID if self.experiment.model == SMOLLM2 else self.experiment.model,
+            "model": self.model_name,
             "dtype": self.experiment.dtype,
             "metrics": {n: {**self.experiment.metrics[n], **stage.settings.get(n, {})} for n in stage.metrics},
             "text": {**self.experiment.text, **stage.text},

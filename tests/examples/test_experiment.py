@@ -205,6 +205,35 @@ def test_alpha_and_trigger_are_found_once_and_long_texts_are_measured_by_segment
 
 
 @pytest.mark.parametrize(
+    ("old", "new", "other"),
+    [
+        ("steps = 2", "steps = 3", "steps"),
+        ('redditbias = "both"', 'redditbias = "attr"', "texts"),
+        ("rank = 2", "rank = 4\nalpha = 2.0", "rank, alpha"),
+    ],
+)
+def test_a_pair_that_was_trained_otherwise_is_not_taken_for_this_one(
+    old: str, new: str, other: str, data: Path, settings: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = out / "changed.toml"
+    changed.write_text(settings.read_text().replace(old, new, 1))
+    assert run(data, out, changed, "--stage", "train") == 2
+    said = capsys.readouterr().err
+    assert "pair 'tea' in " in said
+    assert f"trained with other {other}: remove it or name another\n" in said
+    assert said.count("\n") == 1
+
+
+def test_a_pair_that_does_not_say_its_texts_counts_by_its_settings(data: Path, settings: Path, out: Path) -> None:
+    about = out / "pairs/tea/pair.json"
+    about.write_text(json.dumps({k: v for k, v in json.loads(about.read_text()).items() if k != "texts"}))
+    assert run(data, out, settings, "--stage", "train") == 0
+    changed = out / "changed.toml"
+    changed.write_text(settings.read_text().replace("model = ", 'model = "another" # ', 1))
+    assert run(data, out, changed, "--stage", "train") == 2
+
+
+@pytest.mark.parametrize(
     ("old", "new", "message"),
     [
         ("half = 2", "quarter = 2", "steers with 'quarter'"),

@@ -53,6 +53,7 @@ def pair(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_pair_is_a_folder_that_steers(model: str, pair: Path) -> None:
     assert sorted(p.name for p in pair.iterdir()) == ["README.md", "anti_expert", "curve.png", "expert", "pair.json"]
     about = json.loads((pair / "pair.json").read_text())
+    assert about["texts"] in (pair / "README.md").read_text()
     for result in about["results"].values():
         assert result["nll_after"] < result["nll_before"]
     llm = LLM(model, {"tea": str(pair)}, dtype="float32")
