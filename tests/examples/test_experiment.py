@@ -15,6 +15,7 @@ from ensemble_decode.corpora.stereoset import LABELS
 from examples.experiment.__main__ import main
 from examples.experiment.report import write_results
 from examples.experiment.settings import read_settings
+from examples.experiment.trigger import find_trigger
 from tests.conftest import Models
 from tests.models.test_loading import with_tokenizer
 
@@ -231,6 +232,23 @@ def test_a_pair_that_does_not_say_its_texts_counts_by_its_settings(data: Path, s
     changed = out / "changed.toml"
     changed.write_text(settings.read_text().replace("model = ", 'model = "another" # ', 1))
     assert run(data, out, changed, "--stage", "train") == 2
+
+
+def test_a_trigger_is_searched_anew_for_other_examples_and_another_model(
+    data: Path, settings: Path, models: Models, tmp_path: Path
+) -> None:
+    search = read_settings(settings).trigger
+    model, path = read_settings(settings).model, tmp_path / "trigger-search.json"
+    other_model = str(with_tokenizer(models.model("llama", seed=5), tmp_path / "other", 199))
+    other_data = shutil.copytree(data, tmp_path / "other_corpora")
+    for file in (other_data / "bold_labelled_zemour").iterdir():
+        file.write_bytes(gzip.compress(gzip.decompress(file.read_bytes()).replace(b" w14", b" w44")))
+    find_trigger(model, data, path, search)
+    for of in ((other_model, data), (model, other_data)):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"trigger": "kept"}))
+        assert find_trigger(*of, path, search) != "kept"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"trigger": "kept"}))
+    assert find_trigger(model, other_data, path, search) == "kept"
 
 
 @pytest.mark.parametrize(
