@@ -77,8 +77,9 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Experiment:
-    """The whole file."""
+    """The whole file, with the part that ``size`` names laid over it."""
 
+    size: str | None
     model: str
     dtype: str
     axes: tuple[str, ...]
@@ -115,6 +116,7 @@ def read_settings(path: Path = DEFAULT, size: str | None = None) -> Experiment:
             if name not in pairs:
                 raise ValueError(f"axes names {name!r}, allowed are the pairs {', '.join(pairs)}")
         return Experiment(
+            size,
             raw["model"],
             raw.get("dtype", "auto"),
             axes,

@@ -181,6 +181,7 @@ class Laboratory:
         """What a stage's report says of itself."""
         return {
             "model": self.model_name,
+            "size": self.experiment.size,
             "dtype": self.experiment.dtype,
             "metrics": {n: {**self.experiment.metrics[n], **stage.settings.get(n, {})} for n in stage.metrics},
             "text": {**self.experiment.text, **stage.text},

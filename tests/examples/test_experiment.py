@@ -13,8 +13,9 @@ from transformers import AutoTokenizer
 
 from ensemble_decode.corpora.stereoset import LABELS
 from examples.experiment.__main__ import main
-from examples.experiment.report import write_results
+from examples.experiment.report import TEMPLATE, write_results
 from examples.experiment.settings import read_settings
+from examples.experiment.stages import Laboratory
 from examples.experiment.trigger import find_trigger
 from tests.conftest import Models
 from tests.models.test_loading import with_tokenizer
@@ -274,8 +275,9 @@ def test_settings_that_are_wrong_are_one_line(
     assert said.count("\n") == 1
 
 
-def test_every_part_of_the_report(tmp_path: Path) -> None:
-    """The template that comes with it on the systems and metrics that come with it, all figures 1."""
+@pytest.fixture
+def figures(tmp_path: Path) -> Path:
+    """Of the systems and metrics that come with it, all 1."""
     experiment = read_settings()
     figure = {"value": 1.0, "low": 0.5, "high": 1.5, "chance": None, "n": 3}
     for stage in experiment.stages.values():
@@ -287,11 +289,54 @@ def test_every_part_of_the_report(tmp_path: Path) -> None:
         comparisons = {"baseline": "target", "systems": {}}
         whole = {"about": about, "systems": names, "results": results, "comparisons": comparisons}
         (tmp_path / f"{stage.name}.json").write_text(json.dumps(whole))
-    text = write_results(tmp_path, tmp_path / "docs").read_text()
+    return tmp_path
+
+
+def test_every_part_of_the_report(figures: Path) -> None:
+    text = write_results(figures, figures / "docs").read_text()
     for heading in ("paper's table", "Combinations", "Decoding", "Long texts", "Other domains", "Size and variety"):
         assert f"{heading}" in text
     assert "accuracy 1.000" in text
-    assert {path.name for path in (tmp_path / "docs/pictures").iterdir()} == {"frontier.svg", "drift.svg"}
+    assert "| SS, gender | SS, race | LMS, gender | ICAT, gender | ICAT, race | PPL |" in text
+    assert "quick look" not in text
+    assert {path.name for path in (figures / "docs/pictures").iterdir()} == {"frontier.svg", "drift.svg"}
+
+
+def test_words_are_printed_for_the_figures_that_they_were_written_for(
+    figures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def page(written_for: dict[str, str]) -> str:
+        template = figures / "written.md.j2"
+        template.write_text(TEMPLATE.read_text().replace("written_for = {}", f"written_for = {written_for}"))
+        monkeypatch.setattr("examples.experiment.report.TEMPLATE", template)
+        return write_results(figures, figures / "docs").read_text()
+
+    stages = ("tables", "decoding", "data")
+    first = page({})
+    found = re.findall(r"not interpreted here: the words were written for another run \(figures (\w{12})\)\.", first)
+    assert len(set(found)) == len(stages)
+    assert "What it shows" not in first
+    written_for = dict(zip(stages, found, strict=True))
+    whole = page(written_for)
+    for words in ("### What it shows", "### What it does not show", "All at α 1", "differ in more than their lines"):
+        assert words in whole
+    assert "not interpreted" not in whole
+    tables = json.loads((figures / "tables.json").read_text())
+    tables["results"]["target"]["stereoset"]["SS"]["value"] = 2.0
+    (figures / "tables.json").write_text(json.dumps(tables))
+    changed = page(written_for)
+    assert "What it shows" not in changed
+    assert "differ in more than their lines" in changed
+
+
+def test_a_quick_run_says_that_it_measures_nothing(figures: Path, data: Path, settings: Path) -> None:
+    laboratory = Laboratory(read_settings(settings, "quick"), data, figures)
+    stage = laboratory.experiment.stages["tables"]
+    tables = json.loads((figures / "tables.json").read_text())
+    tables["about"]["size"] = laboratory.about(stage, stage.systems)["size"]
+    (figures / "tables.json").write_text(json.dumps(tables))
+    text = write_results(figures, figures / "docs").read_text()
+    assert "A quick look: measures nothing." in text.split("\n\n")[1]
 
 
 def test_the_settings_that_come_with_it_are_whole() -> None:
