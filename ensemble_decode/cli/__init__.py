@@ -61,9 +61,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 141
-    except (ValueError, FileNotFoundError) as error:
-        print(f"ensemble-decode: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"ensemble-decode: {_message(error)}", file=sys.stderr)
         return 2
+
+
+def _message(error: ValueError | OSError) -> str:
+    """An error of the system as the thing and what is wrong with it; others are written that way."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{str(error.filename)!r}: {error.strerror}"
+    return str(error)
 
 
 def _parser() -> argparse.ArgumentParser:

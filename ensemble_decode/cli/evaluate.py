@@ -93,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
         if metric.name.startswith("stereoset"):
             refuse_learned(args.pair, SOURCE.name)
         metric.check(data)
+    out.mkdir(parents=True, exist_ok=True)
     llm = load_model(args)
     tasks = make_tasks([spec.of(llm) for spec in specs], metrics, identity(args), data, args.limit)
     tasks = share_forwards(tasks, out / "records")
