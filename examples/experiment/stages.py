@@ -11,6 +11,7 @@ from typing import Any
 
 from ensemble_decode import LLM
 from ensemble_decode.cli.common import SMOLLM2
+from ensemble_decode.evaluation.classifiers import ClassifierSource
 from ensemble_decode.evaluation.comparison import compare_all
 from ensemble_decode.evaluation.metric import Metric, System
 from ensemble_decode.evaluation.report import Report
@@ -21,7 +22,7 @@ from ensemble_decode.experts.card import digest
 from ensemble_decode.experts.training import SIDES, train_pair
 from ensemble_decode.models.pairs import ExpertPair
 from ensemble_decode.models.smollm2 import HUB_ID, smollm2_path
-from examples.experiment.metrics import make_metric
+from examples.experiment.metrics import distilled, make_metric, make_texts
 from examples.experiment.settings import Experiment, PairSpec, Stage, SystemSpec
 from examples.experiment.trigger import find_trigger
 
@@ -126,8 +127,9 @@ class Laboratory:
         llm = self.load(pairs)
         results: Results = {spec.name: {} for spec in specs}
         comparisons: dict[str, Any] = {}
+        texts = make_texts(self.out / "continuations", self.experiment.text_of(stage))
         for name in stage.metrics:
-            metric, limit = make_metric(name, self.experiment, stage, self.data, self.out, self.say)
+            metric, limit = make_metric(name, self.experiment.settings_of(stage, name), texts, self._stand_in)
             metric.check(self.data)
             tasks = self.tasks(specs, metric, limit, llm)
             for system, figures in run_tasks(tasks, self.data, self.out, limit, self.say).items():
@@ -139,6 +141,9 @@ class Laboratory:
         write(self.out / f"{stage.name}.md", report.to_markdown())
         self.say(report.to_text())
         return results
+
+    def _stand_in(self, kind: str) -> ClassifierSource:
+        return distilled(kind, self.data, self.out / "classifiers", self.say)
 
     def resolved(self, stage: Stage) -> list[SystemSpec]:
         """The stage's systems, with α and trigger found where they are to be found."""
@@ -183,7 +188,7 @@ class Laboratory:
             "model": self.model_name,
             "size": self.experiment.size,
             "dtype": self.experiment.dtype,
-            "metrics": {n: {**self.experiment.metrics[n], **stage.settings.get(n, {})} for n in stage.metrics},
-            "text": {**self.experiment.text, **stage.text},
+            "metrics": {name: self.experiment.settings_of(stage, name) for name in stage.metrics},
+            "text": self.experiment.text_of(stage),
             "systems": {s.name: {"alpha": s.alpha, "trigger": bool(s.trigger), **s.sampling} for s in specs},
         }
