@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from ensemble_decode.cli import main
 from ensemble_decode.integrations.lm_eval import EnsembleLM, parse_alpha, parse_pairs
 from tests.conftest import VOCAB, Models
 from tests.models.test_loading import with_tokenizer
@@ -65,6 +67,17 @@ def test_alpha_0_is_the_harness_own_model(folder: Path, models: Models) -> None:
     assert ours["until"] == theirs["until"]
     steered = answers(EnsembleLM(str(folder / "model"), pairs=pairs, alpha="a:2", dtype="float32"), folder)
     assert steered["choice"] != ours["choice"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--model", "ensemble_decode", "--tasks", "a,b", "-h"], ["run", "--limit", "-1"], ["--help"], []]
+)
+def test_the_command_passes_everything_on(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr(sys, "argv", ["ensemble-decode"])
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: seen.append(sys.argv))
+    assert main(["lm-eval", *arguments]) == 0
+    assert seen == [["lm_eval", *arguments]]
 
 
 def flat(values: Any) -> list[float]:
