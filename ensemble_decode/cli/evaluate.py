@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ensemble_decode.cli.common import CommandError, add_model, identity, load_model, refuse_learned
+from ensemble_decode.cli.common import CommandError, add_model, identity, load_model, parse_alpha, refuse_learned
 from ensemble_decode.cli.systems import FORM, TARGET, SystemSpec, parse_system, sweep
 
 if TYPE_CHECKING:
@@ -36,7 +36,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.description = "Measure the target alone (α = 0) and with its pairs. What is done is kept in --out."
     add_model(command)
     command.add_argument(
-        "--alpha", metavar="A,A,…", help="strengths of all pairs (default 0,1; 0 without a pair or with --system)"
+        "--alpha",
+        metavar="A,A,…",
+        help="strengths of all pairs; @calibration.json: each pair's, as the system 'calibrated' (default 0,1; 0 without a pair or with --system)",
     )
     command.add_argument(
         "--system",
@@ -186,7 +188,7 @@ def _classifiers(text: str | None) -> tuple[ClassifierSource, ClassifierSource]:
 
 def _systems(args: argparse.Namespace) -> list[SystemSpec]:
     """The sweep over α first, the target alone foremost; then those of --system."""
-    specs = sweep(_alphas(args)) + [parse_system(text) for text in args.system]
+    specs = sweep(_alphas(args)) + _calibrated(args) + [parse_system(text) for text in args.system]
     for index, spec in enumerate(specs):
         if spec.name in [other.name for other in specs[:index]]:
             raise CommandError(f"--system names {spec.name!r} twice, allowed are different names")
@@ -197,12 +199,21 @@ def _alphas(args: argparse.Namespace) -> list[float]:
     if args.alpha is None:
         return [0.0, 1.0] if args.pair and not args.system else [0.0]
     try:
-        alphas = list(dict.fromkeys(float(part) for part in args.alpha.split(",")))
+        numbers = [part for part in args.alpha.split(",") if not part.startswith("@")]
+        alphas = list(dict.fromkeys(map(float, numbers)))
     except ValueError:
-        raise CommandError(f"--alpha is {args.alpha!r}, allowed are numbers with commas between") from None
-    if not args.pair and any(alphas):
+        raise CommandError(f"--alpha is {args.alpha!r}, allowed are numbers and @FILE with commas between") from None
+    if not args.pair and (any(alphas) or "@" in args.alpha):
         raise CommandError(f"--alpha is {args.alpha!r} without a --pair, allowed is 0")
     return alphas
+
+
+def _calibrated(args: argparse.Namespace) -> list[SystemSpec]:
+    """Each pair at the α that ``ensemble-decode calibrate`` found, where ``--alpha`` has its file."""
+    from ensemble_decode.evaluation.bold import paper_params
+
+    files = [part for part in (args.alpha or "").split(",") if part.startswith("@")]
+    return [SystemSpec("calibrated", paper_params(parse_alpha(file))) for file in files]
 
 
 def _about(args: argparse.Namespace) -> dict[str, Any]:
