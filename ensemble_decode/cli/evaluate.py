@@ -73,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
     from ensemble_decode.corpora.stereoset import SOURCE
     from ensemble_decode.evaluation.comparison import compare_all
     from ensemble_decode.evaluation.page import render
+    from ensemble_decode.evaluation.perplexity import Perplexity
     from ensemble_decode.evaluation.report import Report
     from ensemble_decode.evaluation.runner import make_tasks, run_tasks, write
     from ensemble_decode.evaluation.swept import share_forwards
@@ -97,7 +98,12 @@ def run(args: argparse.Namespace) -> int:
         metric.check(data)
     out.mkdir(parents=True, exist_ok=True)
     llm = load_model(args)
-    tasks = make_tasks([spec.of(llm) for spec in specs], metrics, identity(args), data, args.limit)
+    systems = [spec.of(llm) for spec in specs]
+    for metric in metrics:
+        if isinstance(metric, Perplexity):  # its window depends on the model, and on a trigger
+            for system in systems:
+                metric.lengths(llm.ensemble.layout.max_model_len, len(system.prefix_ids))
+    tasks = make_tasks(systems, metrics, identity(args), data, args.limit)
     tasks = share_forwards(tasks, out / "records")
     about, done = _about(args), tasks
     try:

@@ -154,6 +154,15 @@ def test_a_calibration_s_file_is_a_system_of_the_sweep(
     assert "has no alpha by pair" in capsys.readouterr().err
 
 
+def test_a_window_that_is_too_long_is_refused_before_the_first_metric(
+    command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Diversity, "run", lambda *args: pytest.fail("it ran"))
+    monkeypatch.setattr(Perplexity, "check", lambda self, data: None)
+    assert main([*command, "--metrics", "diversity,perplexity", "--window", "9000"]) == 2
+    assert "window is 9000, allowed is 2 … " in capsys.readouterr().err
+
+
 def test_ctrl_c_reports_what_is_done(
     command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
