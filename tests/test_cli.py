@@ -36,7 +36,7 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     """As :func:`run`, in this process: a new one imports for seconds."""
 
     def call(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
         code = main(arguments)
         captured = capsys.readouterr()
         return subprocess.CompletedProcess(arguments, code, captured.out, captured.err)
@@ -115,6 +115,42 @@ def test_errors_are_one_line(arguments: tuple[str, ...], word: str, model: str, 
     assert done.returncode == 2
     assert word in done.stderr
     assert done.stderr.splitlines()[-1].startswith("ensemble-decode: ")
+
+
+def test_files_that_can_not_be_read_or_written_are_named_in_one_line(
+    model: str, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latin, file = tmp_path / "latin.txt", tmp_path / "file"
+    latin.write_bytes("w5\ncafé\n".encode("latin-1"))
+    file.touch()
+    pair = ("--pair", "a=demo", "--data", str(tmp_path))
+    cases = {
+        ("generate", "-f", str(tmp_path)): f"{str(tmp_path)!r}: Is a directory",
+        ("generate", "-f", str(tmp_path / "none")): f"{str(tmp_path / 'none')!r}: No such file",
+        ("generate", "-f", str(latin)): f"--file {str(latin)!r} is not UTF-8 at byte 6",
+        ("calibrate", *pair, "--out", str(file)): f"{str(file)!r}: File exists",
+        ("calibrate", *pair, "--out", str(file / "x")): f"{str(file / 'x')!r}: Not a directory",
+        ("evaluate", "--data", str(tmp_path), "--metrics", "diversity", "--out", str(file)): f"{str(file)!r}: File ex",
+    }
+    monkeypatch.setattr("ensemble_decode.evaluation.bold.Continuations.check", lambda self, data: None)
+    for arguments, message in cases.items():
+        done = command(*arguments, "-m", model)
+        assert done.returncode == 2
+        assert f"ensemble-decode: {message}" in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("flag", "package"), [("--html", "jinja2"), ("--csv", "pandas")])
+def test_explain_says_what_it_needs_before_it_begins(
+    flag: str, package: str, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ensemble_decode.cli.explain.find_spec", lambda name: None if name == package else object())
+    monkeypatch.setattr("ensemble_decode.cli.explain.load_model", lambda args: pytest.fail("it began"))
+    done = command("explain", "w5", flag, "file")
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"ensemble-decode: {flag} needs {package}: pip install 'ensemble_decode[report]'\n",
+    )
 
 
 def test_no_prompts() -> None:

@@ -7,7 +7,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-#: Each command and its module, which has HELP, add_arguments(parser) and run(args) and is cheap to import.
+#: Each command and its module, which has HELP, add_arguments(parser) and run(args), perhaps PARSER, the
+#: parser's own settings, and is cheap to import.
 COMMANDS = {
     "demo": "ensemble_decode.demo",
     "generate": "ensemble_decode.cli.generate",
@@ -61,9 +62,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 141
-    except (ValueError, FileNotFoundError) as error:
-        print(f"ensemble-decode: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"ensemble-decode: {_message(error)}", file=sys.stderr)
         return 2
+
+
+def _message(error: ValueError | OSError) -> str:
+    """An error of the system as the thing and what is wrong with it; others are written that way."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{str(error.filename)!r}: {error.strerror}"
+    return str(error)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -77,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar=" | ".join(COMMANDS))
     for name, path in COMMANDS.items():
         module = importlib.import_module(path)
-        command = commands.add_parser(name, help=module.HELP)
+        command = commands.add_parser(name, help=module.HELP, **getattr(module, "PARSER", {}))
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     return parser

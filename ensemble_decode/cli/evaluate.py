@@ -8,7 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ensemble_decode.cli.common import CommandError, add_model, identity, load_model, refuse_learned, refuse_missing
+from ensemble_decode.cli.common import (
+    CommandError,
+    add_model,
+    identity,
+    load_model,
+    parse_alpha,
+    refuse_learned,
+    refuse_missing,
+)
 from ensemble_decode.cli.systems import FORM, TARGET, SystemSpec, parse_system, sweep
 
 if TYPE_CHECKING:
@@ -37,7 +45,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.description = "Measure the target alone (α = 0) and with its pairs. What is done is kept in --out."
     add_model(command)
     command.add_argument(
-        "--alpha", metavar="A,A,…", help="strengths of all pairs (default 0,1; 0 without a pair or with --system)"
+        "--alpha",
+        metavar="A,A,…",
+        help="strengths of all pairs; @calibration.json: each pair's, as the system 'calibrated' (default 0,1; 0 without a pair or with --system)",
     )
     command.add_argument(
         "--system",
@@ -72,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
     from ensemble_decode.corpora.stereoset import SOURCE
     from ensemble_decode.evaluation.comparison import compare_all
     from ensemble_decode.evaluation.page import render
+    from ensemble_decode.evaluation.perplexity import Perplexity
     from ensemble_decode.evaluation.report import Report
     from ensemble_decode.evaluation.runner import make_tasks, run_tasks, write
     from ensemble_decode.evaluation.swept import share_forwards
@@ -90,8 +101,14 @@ def run(args: argparse.Namespace) -> int:
         if metric.name.startswith("stereoset"):
             refuse_learned(args.pair, SOURCE.name)
         metric.check(data)
+    out.mkdir(parents=True, exist_ok=True)
     llm = load_model(args)
-    tasks = make_tasks([spec.of(llm) for spec in specs], metrics, identity(args), data, args.limit)
+    systems = [spec.of(llm) for spec in specs]
+    for metric in metrics:
+        if isinstance(metric, Perplexity):  # its window depends on the model, and on a trigger
+            for system in systems:
+                metric.lengths(llm.ensemble.layout.max_model_len, len(system.prefix_ids))
+    tasks = make_tasks(systems, metrics, identity(args), data, args.limit)
     tasks = share_forwards(tasks, out / "records")
     about, done = _about(args, metrics), tasks
     try:
@@ -182,7 +199,7 @@ def _classifiers(text: str | None) -> tuple[ClassifierSource, ClassifierSource]:
 
 def _systems(args: argparse.Namespace) -> list[SystemSpec]:
     """The sweep over α first, the target alone foremost; then those of --system."""
-    specs = sweep(_alphas(args)) + [parse_system(text) for text in args.system]
+    specs = sweep(_alphas(args)) + _calibrated(args) + [parse_system(text) for text in args.system]
     for index, spec in enumerate(specs):
         if spec.name in [other.name for other in specs[:index]]:
             raise CommandError(f"--system names {spec.name!r} twice, allowed are different names")
@@ -193,12 +210,21 @@ def _alphas(args: argparse.Namespace) -> list[float]:
     if args.alpha is None:
         return [0.0, 1.0] if args.pair and not args.system else [0.0]
     try:
-        alphas = list(dict.fromkeys(float(part) for part in args.alpha.split(",")))
+        numbers = [part for part in args.alpha.split(",") if not part.startswith("@")]
+        alphas = list(dict.fromkeys(map(float, numbers)))
     except ValueError:
-        raise CommandError(f"--alpha is {args.alpha!r}, allowed are numbers with commas between") from None
-    if not args.pair and any(alphas):
+        raise CommandError(f"--alpha is {args.alpha!r}, allowed are numbers and @FILE with commas between") from None
+    if not args.pair and (any(alphas) or "@" in args.alpha):
         raise CommandError(f"--alpha is {args.alpha!r} without a --pair, allowed is 0")
     return alphas
+
+
+def _calibrated(args: argparse.Namespace) -> list[SystemSpec]:
+    """Each pair at the α that ``ensemble-decode calibrate`` found, where ``--alpha`` has its file."""
+    from ensemble_decode.evaluation.bold import paper_params
+
+    files = [part for part in (args.alpha or "").split(",") if part.startswith("@")]
+    return [SystemSpec("calibrated", paper_params(parse_alpha(file))) for file in files]
 
 
 def _about(args: argparse.Namespace, metrics: Sequence[Metric]) -> dict[str, Any]:

@@ -111,12 +111,19 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     if args.prompt:
         return list(args.prompt)
     if args.file:
-        lines = Path(args.file).read_text(encoding="utf-8").splitlines()
+        lines = _decoded(f"--file {args.file!r}", Path(args.file).read_bytes())
     elif sys.stdin.isatty():
         raise CommandError("no prompts: give them as arguments, with --file, or on standard input, one a line")
     else:
-        lines = sys.stdin.read().splitlines()
+        lines = _decoded("standard input", sys.stdin.buffer.read())
     found = [line for line in lines if line.strip()]
     if not found:
         raise CommandError("no prompts: the input has no line with text in it")
     return found
+
+
+def _decoded(name: str, content: bytes) -> list[str]:
+    try:
+        return content.decode("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise CommandError(f"{name} is not UTF-8 at byte {error.start}") from None

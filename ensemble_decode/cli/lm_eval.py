@@ -8,13 +8,12 @@ import sys
 from ensemble_decode.cli.common import CommandError
 
 HELP = "the lm-evaluation-harness, with --model ensemble_decode"
+#: No argument is an option here, --help neither: all are the harness's.
+PARSER = {"prefix_chars": "\0", "add_help": False}
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.description = (
-        "Everything after it goes to the harness: ensemble-decode lm-eval run --model ensemble_decode …"
-    )
-    command.add_argument("arguments", nargs=argparse.REMAINDER, help="the harness's own arguments")
+    command.add_argument("arguments", nargs="*")
 
 
 def run(args: argparse.Namespace) -> int:

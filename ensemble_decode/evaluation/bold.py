@@ -147,7 +147,7 @@ class Continuations:
                 for prompt, output in zip(part, outputs, strict=True):
                     for sample in output.outputs:
                         if sample.error is not None:
-                            raise RuntimeError(f"bold: prompt {prompt.id}: {sample.error}")
+                            raise ValueError(f"BOLD prompt {prompt.id!r} of {system.name!r} failed: {sample.error}")
                     known[prompt.id] = [sample.text for sample in output.outputs]
                     file.write(json.dumps({"id": prompt.id, "samples": known[prompt.id]}, ensure_ascii=False) + "\n")
                 file.flush()

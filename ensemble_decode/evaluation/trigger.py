@@ -6,9 +6,11 @@ loss at the trigger's embeddings ranks all replacements of a token to first orde
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +198,10 @@ class TriggerSearch:
             return None
         kept = json.loads(self.state_file.read_text(encoding="utf-8"))
         if kept["search"] != self._key():
-            raise ValueError(f"state_file {str(self.state_file)!r} is of a search with other settings or examples")
+            raise ValueError(
+                f"state_file {str(self.state_file)!r} is of a search with other settings, examples or model: "
+                "remove it or name another"
+            )
         return SearchState(kept["step"], kept["tokens"], kept["losses"])
 
     def _save(self, state: SearchState) -> None:
@@ -209,5 +214,12 @@ class TriggerSearch:
     def _key(self) -> dict[str, Any]:
         settings = asdict(self.settings)
         del settings["sweeps"]  # more sweeps go on from fewer
-        tokens = sum(len(ids) for ids, _, _ in self._rows)
-        return {**settings, "examples": len(self._rows), "tokens": tokens, "vocabulary": len(self.embeddings)}
+        examples = hashlib.sha256(json.dumps(self._rows).encode()).hexdigest()
+        return {**settings, "examples": examples, "model": self._weights}
+
+    @cached_property
+    def _weights(self) -> str:
+        digest = hashlib.sha256()
+        for parameter in self.model.parameters():
+            digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()

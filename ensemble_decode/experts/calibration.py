@@ -63,6 +63,8 @@ class CalibrationSettings:
             value = getattr(self, name)
             if not math.isfinite(value) or value < least or (value == 0 and name != "budget"):
                 raise ValueError(f"{name} is {value!r}, allowed is {'0 or more' if name == 'budget' else 'above 0'}")
+        if self.step > self.max_alpha:
+            raise ValueError(f"step is {self.step!r}, allowed is at most max_alpha, {self.max_alpha!r}")
         for name in ("tokens", "window"):
             if getattr(self, name) < 2:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, allowed is 2 or more")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def digest(texts: PairTexts) -> str:
-    """SHA-256 of both sides' texts, so that a resumed run is known to read the same."""
+    """SHA-256 of both sides' texts, so that a resumed run, or a later one, is known to read the same."""
     return hashlib.sha256(json.dumps([texts.expert, texts.anti_expert]).encode()).hexdigest()
 
 

@@ -25,6 +25,7 @@ from transformers import (
 
 from ensemble_decode.experts import card
 from ensemble_decode.experts.texts import PairTexts, split
+from ensemble_decode.models.loading import check_checkpoint, load_config
 
 SIDES = ("expert", "anti_expert")
 IGNORED = -100
@@ -89,8 +90,11 @@ def train_pair(
     Raises
     ------
     ValueError
-        If ``out`` is a finished pair, holds something else, or was begun with other settings or texts.
+        If ``out`` is a finished pair, holds something else, or was begun with other settings or texts; if the model can't be
+        loaded, or its weights are pickled.
     """
+    check_checkpoint(model)
+    load_config(model)  # a hub id that isn't there
     out = Path(out)
     parts = split(texts, settings.validation, settings.seed)
     work = out / ".training"
@@ -118,6 +122,7 @@ def train_pair(
             "axis": texts.axis,
             "alpha": settings.alpha,
             "data": texts.name,
+            "texts": card.digest(texts),
             "unfit": list(texts.unfit),
             "licence": texts.licence,
             "settings": asdict(settings),
@@ -183,8 +188,11 @@ def _train_side(
 ) -> dict[str, Any]:
     start = time.perf_counter()
     set_seed(settings.seed)  # both sides begin with the same weights and see their texts in the same order
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
-    model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_path)
+        model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model {model_path!r} can't be loaded: {str(error).strip().splitlines()[0]}") from None
     pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
     train, validation = (_encode(tokenizer, texts, settings.max_length) for texts in part)
     if settings.rank:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from ensemble_decode.evaluation.regard import Regard
 from ensemble_decode.evaluation.stereoset import StereoSet
 from ensemble_decode.evaluation.toxicity import Toxicity
 from ensemble_decode.evaluation.winobias import WinoBias
-from examples.experiment.settings import Experiment, Stage
 
 SCORING: dict[str, Callable[..., Metric]] = {
     "stereoset": StereoSet,
@@ -32,32 +31,40 @@ READING: dict[str, Callable[..., Metric]] = {"regard": Regard, "toxicity": Toxic
 
 
 def make_metric(
-    name: str, experiment: Experiment, stage: Stage, data: Path, out: Path, say: Callable[[str], None]
+    name: str, settings: Mapping[str, Any], texts: Continuations, stand_in: Callable[[str], ClassifierSource]
 ) -> tuple[Metric, int | None]:
-    """A metric with the settings of its table, and how many items it takes."""
-    settings: dict[str, Any] = {**experiment.metrics[name], **stage.settings.get(name, {})}
-    settings |= {key: tuple(value) for key, value in settings.items() if isinstance(value, list)}
+    """A metric with its settings, and how many items it takes. Reads no data.
+
+    ``stand_in`` gives the classifier of regard or toxicity where the settings name none.
+    """
+    settings = _hashable(settings)
     limit = settings.pop("limit", None)
     if name in SCORING:
         return SCORING[name](**settings), limit
-    text: dict[str, Any] = {**experiment.text, **stage.text}
-    text |= {key: tuple(value) for key, value in text.items() if isinstance(value, list)}
-    continuations = Continuations(str(out / "continuations"), **text)
     if name == "diversity":
-        return Diversity(continuations, **settings), limit
+        return Diversity(texts, **settings), limit
     if name not in READING:
         known = [*SCORING, *READING, "diversity"]
         raise ValueError(f"metrics has {name!r}, allowed are {', '.join(known)}")
     kind = "toxicity" if name == "toxicity" else "regard"
     source = settings.pop("classifier", None)
-    classifier = stand_in(kind, data, out / "classifiers", say) if source is None else classifier_source(source)
-    return READING[name](classifier, continuations, **settings), limit
+    classifier = stand_in(kind) if source is None else classifier_source(source)
+    return READING[name](classifier, texts, **settings), limit
 
 
-def stand_in(kind: str, data: Path, folder: Path, say: Callable[[str], None]) -> ClassifierSource:
+def make_texts(folder: Path, settings: Mapping[str, Any]) -> Continuations:
+    """The continuations of BOLD that several metrics read."""
+    return Continuations(str(folder), **_hashable(settings))
+
+
+def distilled(kind: str, data: Path, folder: Path, say: Callable[[str], None]) -> ClassifierSource:
     """The distilled stand-in of a classifier, trained when it is first needed."""
     if not (folder / kind).is_dir():
         say(f"distilling a stand-in for the {kind} classifier")
         train, test = read_labelled(data)
         {"regard": distill_regard, "toxicity": distill_toxicity}[kind](train, test).save(folder / kind)
     return classifier_source(str(folder / kind))
+
+
+def _hashable(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -43,6 +44,8 @@ def write_results(out: Path, docs: Path) -> Path:
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     text = template.render(
         stages=stages,
+        digests={name: digest(stage) for name, stage in stages.items()},
+        quick=any(stage.get("about", {}).get("size") == "quick" for stage in stages.values()),
         table=lambda stage, columns: table(stages[stage], columns),
         calibration=lambda: calibration_table(stages["calibration"]),
         held_out=lambda: held_out_table(stages["calibration"]),
@@ -53,6 +56,11 @@ def write_results(out: Path, docs: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text.rstrip() + "\n", encoding="utf-8")
     return path
+
+
+def digest(stage: Mapping[str, Any]) -> str:
+    """Of a stage's figures and how they came about: the words of the page are those of one run."""
+    return hashlib.sha256(json.dumps(stage, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def table(stage: Mapping[str, Any], columns: Sequence[Sequence[str]]) -> str:

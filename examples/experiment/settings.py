@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ensemble_decode.engine.params import SamplingParams
 from ensemble_decode.evaluation.bold import paper_params
+from ensemble_decode.evaluation.classifiers import ClassifierSource
+from ensemble_decode.evaluation.trigger import SearchSettings
 from ensemble_decode.experts import texts
+from ensemble_decode.experts.calibration import CalibrationSettings
 from ensemble_decode.experts.training import TrainingSettings
+from examples.experiment.metrics import make_metric, make_texts
 
 DEFAULT = Path(__file__).with_name("settings.toml")
 _DEMO_LINES = Path(texts.__file__).parents[1] / "data" / "gender" / "train.txt"
 SIZES = ("quick", "large")
+_TABLES = ("training", "pairs", "metrics", "text", "calibration", "trigger", "stages")
 _SOURCES = ("redditbias", "readings")
+#: Names that a stage can't have: what --stage calls otherwise, and files of OUT beside the stages' own.
+_TAKEN = ("train", "calibrate", "report", "calibration", "trigger-search")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +83,9 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Experiment:
-    """The whole file."""
+    """The whole file, with the part that ``size`` names laid over it."""
 
+    size: str | None
     model: str
     dtype: str
     axes: tuple[str, ...]
@@ -86,6 +95,14 @@ class Experiment:
     calibration: dict[str, Any]
     trigger: dict[str, Any]
     stages: dict[str, Stage]
+
+    def settings_of(self, stage: Stage, metric: str) -> dict[str, Any]:
+        """Those of a metric in a stage."""
+        return {**self.metrics[metric], **stage.settings.get(metric, {})}
+
+    def text_of(self, stage: Stage) -> dict[str, Any]:
+        """Those of a stage's texts."""
+        return {**self.text, **stage.text}
 
 
 def read_settings(path: Path = DEFAULT, size: str | None = None) -> Experiment:
@@ -112,7 +129,9 @@ def read_settings(path: Path = DEFAULT, size: str | None = None) -> Experiment:
         for name in axes:
             if name not in pairs:
                 raise ValueError(f"axes names {name!r}, allowed are the pairs {', '.join(pairs)}")
-        return Experiment(
+        _only("", raw, (*_TABLES, "model", "dtype", "axes", "seed"))
+        experiment = Experiment(
+            size,
             raw["model"],
             raw.get("dtype", "auto"),
             axes,
@@ -120,13 +139,49 @@ def read_settings(path: Path = DEFAULT, size: str | None = None) -> Experiment:
             metrics,
             raw.get("text", {}),
             raw.get("calibration", {}),
-            raw.get("trigger", {"domain": "gender", "examples": 8}),
+            {"domain": "gender", "examples": 8, **raw.get("trigger", {})},
             stages,
         )
+        _check(experiment)
+        return experiment
     except KeyError as error:
         raise ValueError(f"{path} has no {error.args[0]!r}") from None
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _check(experiment: Experiment) -> None:
+    """Make all that is described once: what is wrong is said before hours of training, not after."""
+    search = {key: value for key, value in experiment.trigger.items() if key not in ("domain", "examples")}
+    with _naming("calibration"):
+        CalibrationSettings(**experiment.calibration)
+    with _naming("trigger"):
+        SearchSettings(**search)
+    with _naming("text"):
+        texts = make_texts(Path(), experiment.text)
+    for name, table in experiment.metrics.items():
+        with _naming(f"metrics.{name}"):
+            make_metric(name, table, texts, ClassifierSource)
+    for stage in experiment.stages.values():
+        with _naming(f"stages.{stage.name}.text"):
+            make_texts(Path(), experiment.text_of(stage))
+        for name in stage.settings:
+            with _naming(f"stages.{stage.name}.settings.{name}"):
+                make_metric(name, experiment.settings_of(stage, name), texts, ClassifierSource)
+
+
+@contextmanager
+def _naming(where: str) -> Iterator[None]:
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _only(where: str, table: Mapping[str, Any], allowed: Sequence[str]) -> None:
+    for key in table:
+        if key not in allowed:
+            raise ValueError(f"{where}{key!r} is unknown, allowed are {', '.join(allowed)}")
 
 
 def _pair(name: str, table: Mapping[str, Any], training: Mapping[str, Any]) -> PairSpec:
@@ -145,10 +200,14 @@ def _stage(
     pairs: Mapping[str, PairSpec],
     metrics: Mapping[str, Any],
 ) -> Stage:
+    if name in _TAKEN:
+        raise ValueError(f"stages has {name!r}, allowed is any name but {', '.join(_TAKEN)}")
+    _only(f"stages.{name}: ", table, ("metrics", "systems", "text", "settings"))
     systems = tuple(_system(f"stages.{name}", entry, axes, pairs) for entry in table["systems"])
     for metric in table["metrics"]:
         if metric not in metrics:
             raise ValueError(f"stages.{name} names the metric {metric!r}, allowed are {', '.join(metrics)}")
+    _only(f"stages.{name}.settings: ", table.get("settings", {}), table["metrics"])
     names = [system.name for system in systems]
     if len(set(names)) < len(names):
         raise ValueError(f"stages.{name} has two systems of one name, each needs its own")

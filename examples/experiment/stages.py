@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ensemble_decode import LLM
 from ensemble_decode.cli.common import SMOLLM2
+from ensemble_decode.evaluation.classifiers import ClassifierSource
 from ensemble_decode.evaluation.comparison import compare_all
 from ensemble_decode.evaluation.metric import Metric, System
 from ensemble_decode.evaluation.report import Report
 from ensemble_decode.evaluation.runner import Results, Task, fingerprint, make_tasks, run_tasks, write
 from ensemble_decode.evaluation.swept import share_forwards
 from ensemble_decode.experts.calibration import CalibrationSettings, Calibrator
+from ensemble_decode.experts.card import digest
 from ensemble_decode.experts.training import SIDES, train_pair
 from ensemble_decode.models.pairs import ExpertPair
 from ensemble_decode.models.smollm2 import HUB_ID, smollm2_path
-from examples.experiment.metrics import make_metric
+from examples.experiment.metrics import distilled, make_metric, make_texts
 from examples.experiment.settings import Experiment, PairSpec, Stage, SystemSpec
 from examples.experiment.trigger import find_trigger
 
@@ -39,24 +41,50 @@ class Laboratory:
 
     # ── pairs ───────────────────────────────────────────────────────────────────────────────────────────────────────
     def train(self, names: Sequence[str]) -> None:
-        """Train what is not trained yet; a killed training goes on from its last checkpoint."""
+        """Train what is not trained yet; a killed training goes on from its last checkpoint.
+
+        Raises
+        ------
+        ValueError
+            A pair is there that was trained with other settings or texts, or from another model.
+        """
         for name in names:
             spec = self.experiment.pairs[name]
-            if spec.folder is None and not (self.folder(spec) / "pair.json").is_file():
+            if spec.folder is None and (self.folder(spec) / "pair.json").is_file():
+                self._check_trained(spec)
+            elif spec.folder is None:
                 self.say(f"training {name}")
                 train_pair(
                     str(self.target),
                     spec.texts(self.data),
                     self.folder(spec),
                     spec.training,
-                    base_name=HUB_ID if self.experiment.model == SMOLLM2 else None,
+                    base_name=self.model_name,
                     say=self.say,
                     progress=self.progress,
                 )
 
+    def _check_trained(self, spec: PairSpec) -> None:
+        folder = self.folder(spec)
+        about = json.loads((folder / "pair.json").read_text(encoding="utf-8"))
+        trained = {"base_model": about["base_model"], **about["settings"]}
+        asked = {"base_model": self.model_name, **asdict(spec.training)}
+        if "texts" in about:  # pairs of older versions don't say
+            trained["texts"], asked["texts"] = about["texts"], digest(spec.texts(self.data))
+        changed = ", ".join(name for name in asked if trained.get(name) != asked[name])
+        if changed:
+            raise ValueError(
+                f"pair {spec.name!r} in {str(folder)!r} was trained with other {changed}: remove it or name another"
+            )
+
     def folder(self, spec: PairSpec) -> Path:
         """Where a pair is, or will be."""
         return self.out / "pairs" / spec.name if spec.folder is None else Path(spec.folder).expanduser()
+
+    @property
+    def model_name(self) -> str:
+        """The model as pairs and reports name it."""
+        return HUB_ID if self.experiment.model == SMOLLM2 else self.experiment.model
 
     @cached_property
     def target(self) -> str | Path:
@@ -99,8 +127,9 @@ class Laboratory:
         llm = self.load(pairs)
         results: Results = {spec.name: {} for spec in specs}
         comparisons: dict[str, Any] = {}
+        texts = make_texts(self.out / "continuations", self.experiment.text_of(stage))
         for name in stage.metrics:
-            metric, limit = make_metric(name, self.experiment, stage, self.data, self.out, self.say)
+            metric, limit = make_metric(name, self.experiment.settings_of(stage, name), texts, self._stand_in)
             metric.check(self.data)
             tasks = self.tasks(specs, metric, limit, llm)
             for system, figures in run_tasks(tasks, self.data, self.out, limit, self.say).items():
@@ -113,6 +142,9 @@ class Laboratory:
         self.say(report.to_text())
         return results
 
+    def _stand_in(self, kind: str) -> ClassifierSource:
+        return distilled(kind, self.data, self.out / "classifiers", self.say)
+
     def resolved(self, stage: Stage) -> list[SystemSpec]:
         """The stage's systems, with α and trigger found where they are to be found."""
         specs = []
@@ -121,7 +153,7 @@ class Laboratory:
                 spec = replace(spec, alpha={n: a for n, a in self.calibrate().items() if a}, calibrated=False)
             if spec.searched:
                 search = self.experiment.trigger
-                trigger = find_trigger(str(self.target), self.data, self.out / "trigger.json", search)
+                trigger = find_trigger(str(self.target), self.data, self.out / "trigger-search.json", search)
                 spec = replace(spec, trigger=trigger, searched=False)
             specs.append(spec)
         return specs
@@ -153,9 +185,10 @@ class Laboratory:
     def about(self, stage: Stage, specs: Sequence[SystemSpec]) -> Mapping[str, Any]:
         """What a stage's report says of itself."""
         return {
-            "model": HUB_ID if self.experiment.model == SMOLLM2 else self.experiment.model,
+            "model": self.model_name,
+            "size": self.experiment.size,
             "dtype": self.experiment.dtype,
-            "metrics": {n: {**self.experiment.metrics[n], **stage.settings.get(n, {})} for n in stage.metrics},
-            "text": {**self.experiment.text, **stage.text},
+            "metrics": {name: self.experiment.settings_of(stage, name) for name in stage.metrics},
+            "text": self.experiment.text_of(stage),
             "systems": {s.name: {"alpha": s.alpha, "trigger": bool(s.trigger), **s.sampling} for s in specs},
         }

@@ -122,6 +122,12 @@ def test_an_interrupted_run_goes_on_where_it_stopped(data, continuations):
     assert continuations.path(other) != path
 
 
+def test_a_failed_sample_is_a_value_error_that_names_its_prompt(data, continuations, monkeypatch):
+    monkeypatch.setattr(f"{__name__}._sample", lambda text: SimpleNamespace(text="", error="no memory"))
+    with pytest.raises(ValueError, match="BOLD prompt 'gender/American_actors/0/0' of 'target' failed: no memory"):
+        continuations.of(_system(), data)
+
+
 def test_a_limit_takes_the_first_prompts_of_each_group(data, continuations):
     found = continuations.of(_system(), data, limit=1)
     assert [prompt.group for prompt, _ in found] == ["American_actors", "American_actresses"]

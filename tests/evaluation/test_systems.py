@@ -162,6 +162,34 @@ def test_the_same_run_twice_writes_the_same_bytes_and_generates_once(
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == files
 
 
+def test_a_calibration_s_file_is_a_system_of_the_sweep(
+    command: list[str], models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "calibration.json"
+    file.write_text('{"alpha": {"a": 0.75}}')
+    assert main([*command, "--alpha", f"0,@{file}"]) == 2
+    assert "without a --pair" in capsys.readouterr().err
+    pair = ["--pair", f"a={models.adapter('llama', 1)},{models.adapter('llama', 2)}"]
+    assert main([*command, *pair, "--alpha", f"0,@{file}", "--prompts", "1", "--samples", "1"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["systems"] == ["target", "calibrated", "greedy", "trigger"]
+    assert report["comparisons"]["systems"]["calibrated"]["diversity"]["distinct-1"]["difference"] != 0
+    page = (tmp_path / "out/report.html").read_text()
+    assert "calibrated" in page
+    file.write_text("{}")
+    assert main([*command, *pair, "--alpha", f"@{file}"]) == 2
+    assert "has no alpha by pair" in capsys.readouterr().err
+
+
+def test_a_window_that_is_too_long_is_refused_before_the_first_metric(
+    command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Diversity, "run", lambda *args: pytest.fail("it ran"))
+    monkeypatch.setattr(Perplexity, "check", lambda self, data: None)
+    assert main([*command, "--metrics", "diversity,perplexity", "--window", "9000"]) == 2
+    assert "window is 9000, allowed is 2 … " in capsys.readouterr().err
+
+
 def test_ctrl_c_reports_what_is_done(
     command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -87,6 +88,19 @@ def test_the_search_lowers_its_loss_and_repeats_itself(model, tmp_path):
     assert TriggerSearch(model, Words(), EXAMPLES, SETTINGS, state).run() == found
     with pytest.raises(ValueError, match="other settings"):
         TriggerSearch(model, Words(), EXAMPLES, SearchSettings(length=2), state).run()
+
+
+def test_a_finished_search_of_other_examples_or_another_model_is_not_this_one(model, models, tmp_path):
+    state = tmp_path / "state.json"
+    TriggerSearch(model, Words(), EXAMPLES, SETTINGS, state).run()
+    others = [replace(example, weight=-example.weight) for example in EXAMPLES]
+    with pytest.raises(ValueError, match="other settings, examples or model"):
+        TriggerSearch(model, Words(), others, SETTINGS, state).run()
+    trained = AutoModelForCausalLM.from_pretrained(models.model("llama"))
+    with torch.no_grad():
+        next(p for name, p in trained.named_parameters() if "down_proj" in name)[0, 0] += 1
+    with pytest.raises(ValueError, match="other settings, examples or model"):
+        TriggerSearch(trained, Words(), EXAMPLES, SETTINGS, state).run()
 
 
 def test_special_tokens_and_triggers_that_are_not_their_text_are_never_chosen(model):

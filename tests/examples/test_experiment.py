@@ -15,8 +15,10 @@ from transformers import AutoTokenizer
 
 from ensemble_decode.corpora.stereoset import LABELS
 from examples.experiment.__main__ import main
-from examples.experiment.report import table, write_results
+from examples.experiment.report import TEMPLATE, table, write_results
 from examples.experiment.settings import read_settings
+from examples.experiment.stages import Laboratory
+from examples.experiment.trigger import find_trigger
 from tests.conftest import Models
 from tests.models.test_loading import with_tokenizer
 
@@ -61,7 +63,7 @@ candidates = 2
 [stages.tables]
 metrics = ["stereoset", "perplexity"]
 systems = [{{ name = "target", alpha = 0 }}, {{ name = "α 1", alpha = 1 }}, {{ name = "half", alpha = {{ half = 2 }} }}]
-[stages.found]
+[stages.trigger]
 metrics = ["perplexity", "drift"]
 systems = [
     {{ name = "target", alpha = 0 }},
@@ -184,26 +186,72 @@ def test_a_stage_trains_what_it_needs_and_the_same_run_writes_the_same_bytes(
 def test_alpha_and_trigger_are_found_once_and_long_texts_are_measured_by_segment(
     data: Path, settings: Path, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(data, out, settings, "--stage", "found") == 0
+    assert run(data, out, settings, "--stage", "trigger") == 0
     found = json.loads((out / "calibration.json").read_text())
     assert found["perplexity"]["calibrated"] <= 1.1 * found["perplexity"]["target"]
-    results = json.loads((out / "found.json").read_text())["results"]
+    results = json.loads((out / "trigger.json").read_text())["results"]
     drift = results["steered"]["drift"]
     assert {"log-ratio/1", "log-ratio/5", "negative/1", "distinct-2/5", "stand-in accuracy"} <= drift.keys()
     assert drift["log-ratio/1"]["value"] != 0
     assert results["target"]["drift"]["log-ratio/1"]["value"] == 0
     plain, trigger = (results[name]["perplexity-paper"]["PPL"]["value"] for name in ("target", "Trigger"))
     assert plain != trigger
-    trigger_file = (out / "trigger.json").stat().st_mtime_ns
+    trigger_file = (out / "trigger-search.json").stat().st_mtime_ns
     capsys.readouterr()
-    assert run(data, out, settings, "--stage", "found") == 0
+    assert run(data, out, settings, "--stage", "trigger") == 0
     said = capsys.readouterr().out
     assert said.count("(kept)") == 8
     assert "training" not in said
-    assert (out / "trigger.json").stat().st_mtime_ns == trigger_file
+    assert (out / "trigger-search.json").stat().st_mtime_ns == trigger_file
     assert run(data, out, settings, "--stage", "report", "--docs", str(out / "pages")) == 0
     assert "held out: calibrated" in (out / "pages/results.md").read_text()
     assert (out / "pages/pictures/calibration.svg").is_file()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "other"),
+    [
+        ("steps = 2", "steps = 3", "steps"),
+        ('redditbias = "both"', 'redditbias = "attr"', "texts"),
+        ("rank = 2", "rank = 4\nalpha = 2.0", "rank, alpha"),
+    ],
+)
+def test_a_pair_that_was_trained_otherwise_is_not_taken_for_this_one(
+    old: str, new: str, other: str, data: Path, settings: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = out / "changed.toml"
+    changed.write_text(settings.read_text().replace(old, new, 1))
+    assert run(data, out, changed, "--stage", "train") == 2
+    said = capsys.readouterr().err
+    assert "pair 'tea' in " in said
+    assert f"trained with other {other}: remove it or name another\n" in said
+    assert said.count("\n") == 1
+
+
+def test_a_pair_that_does_not_say_its_texts_counts_by_its_settings(data: Path, settings: Path, out: Path) -> None:
+    about = out / "pairs/tea/pair.json"
+    about.write_text(json.dumps({k: v for k, v in json.loads(about.read_text()).items() if k != "texts"}))
+    assert run(data, out, settings, "--stage", "train") == 0
+    changed = out / "changed.toml"
+    changed.write_text(settings.read_text().replace("model = ", 'model = "another" # ', 1))
+    assert run(data, out, changed, "--stage", "train") == 2
+
+
+def test_a_trigger_is_searched_anew_for_other_examples_and_another_model(
+    data: Path, settings: Path, models: Models, tmp_path: Path
+) -> None:
+    search = read_settings(settings).trigger
+    model, path = read_settings(settings).model, tmp_path / "trigger-search.json"
+    other_model = str(with_tokenizer(models.model("llama", seed=5), tmp_path / "other", 199))
+    other_data = shutil.copytree(data, tmp_path / "other_corpora")
+    for file in (other_data / "bold_labelled_zemour").iterdir():
+        file.write_bytes(gzip.compress(gzip.decompress(file.read_bytes()).replace(b" w14", b" w44")))
+    find_trigger(model, data, path, search)
+    for of in ((other_model, data), (model, other_data)):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"trigger": "kept"}))
+        assert find_trigger(*of, path, search) != "kept"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"trigger": "kept"}))
+    assert find_trigger(model, other_data, path, search) == "kept"
 
 
 @pytest.mark.parametrize(
@@ -214,6 +262,25 @@ def test_alpha_and_trigger_are_found_once_and_long_texts_are_measured_by_segment
         ('axes = ["tea"]', 'axes = ["coffee"]', "'coffee'"),
         ("share = 0.5", "rank = -1", "rank is -1"),
         ('redditbias = "both"', "", "nothing to learn from"),
+        ("[stages.tables]", "[stages.calibration]", "stages has 'calibration'"),
+        ("tokens = 40\n[metrics.drift]", "tokns = 40\n[metrics.drift]", "metrics.perplexity: "),
+        ("tokens = 40\nwindow = 8", "budgget = 0.2", "calibration: "),
+        ("step = 0.5", "step = 1.5", "step is 1.5, allowed is at most max_alpha, 1.0"),
+        ("sweeps = 1", "sweep = 1", "trigger: "),
+        ("samples = 1", "sample = 1", "text: "),
+        ("[calibration]", "[calibratoin]", "'calibratoin' is unknown"),
+        ("[stages.tables]", "[stages.tables]\nmetric = []", "stages.tables: 'metric' is unknown"),
+        ("[stages.tables]", "[stages.tables]\ntext = { sample = 1 }", "stages.tables.text: "),
+        (
+            "[stages.tables]",
+            "[stages.tables]\nsettings = { stereset = { examples = 2 } }",
+            "stages.tables.settings: 'stereset' is unknown, allowed are stereoset, perplexity",
+        ),
+        (
+            "[stages.tables]",
+            "[stages.tables]\nsettings = { stereoset = { exampels = 2 } }",
+            "stages.tables.settings.stereoset: ",
+        ),
         ('name = "α 1", alpha', 'name = "α 1", top_p = 2, alpha', "top_p is 2"),
     ],
 )
@@ -236,8 +303,9 @@ def test_what_is_not_installed_is_said(
     assert capsys.readouterr().err == ("experiment: this needs scipy: pip install 'ensemble_decode[evaluate]'\n")
 
 
-def test_every_part_of_the_report(tmp_path: Path) -> None:
-    """The template that comes with it on the systems and metrics that come with it, all figures 1."""
+@pytest.fixture
+def figures(tmp_path: Path) -> Path:
+    """Of the systems and metrics that come with it, all 1."""
     experiment = read_settings()
     figure = {"value": 1.0, "low": 0.5, "high": 1.5, "chance": None, "n": 3}
     for stage in experiment.stages.values():
@@ -249,11 +317,54 @@ def test_every_part_of_the_report(tmp_path: Path) -> None:
         comparisons = {"baseline": "target", "systems": {}}
         whole = {"about": about, "systems": names, "results": results, "comparisons": comparisons}
         (tmp_path / f"{stage.name}.json").write_text(json.dumps(whole))
-    text = write_results(tmp_path, tmp_path / "docs").read_text()
+    return tmp_path
+
+
+def test_every_part_of_the_report(figures: Path) -> None:
+    text = write_results(figures, figures / "docs").read_text()
     for heading in ("paper's table", "Combinations", "Decoding", "Long texts", "Other domains", "Size and variety"):
         assert f"{heading}" in text
     assert "accuracy 1.000" in text
-    assert {path.name for path in (tmp_path / "docs/pictures").iterdir()} == {"frontier.svg", "drift.svg"}
+    assert "| SS, gender | SS, race | LMS, gender | ICAT, gender | ICAT, race | PPL |" in text
+    assert "quick look" not in text
+    assert {path.name for path in (figures / "docs/pictures").iterdir()} == {"frontier.svg", "drift.svg"}
+
+
+def test_words_are_printed_for_the_figures_that_they_were_written_for(
+    figures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def page(written_for: dict[str, str]) -> str:
+        template = figures / "written.md.j2"
+        template.write_text(TEMPLATE.read_text().replace("written_for = {}", f"written_for = {written_for}"))
+        monkeypatch.setattr("examples.experiment.report.TEMPLATE", template)
+        return write_results(figures, figures / "docs").read_text()
+
+    stages = ("tables", "decoding", "data")
+    first = page({})
+    found = re.findall(r"not interpreted here: the words were written for another run \(figures (\w{12})\)\.", first)
+    assert len(set(found)) == len(stages)
+    assert "What it shows" not in first
+    written_for = dict(zip(stages, found, strict=True))
+    whole = page(written_for)
+    for words in ("### What it shows", "### What it does not show", "All at α 1", "differ in more than their lines"):
+        assert words in whole
+    assert "not interpreted" not in whole
+    tables = json.loads((figures / "tables.json").read_text())
+    tables["results"]["target"]["stereoset"]["SS"]["value"] = 2.0
+    (figures / "tables.json").write_text(json.dumps(tables))
+    changed = page(written_for)
+    assert "What it shows" not in changed
+    assert "differ in more than their lines" in changed
+
+
+def test_a_quick_run_says_that_it_measures_nothing(figures: Path, data: Path, settings: Path) -> None:
+    laboratory = Laboratory(read_settings(settings, "quick"), data, figures)
+    stage = laboratory.experiment.stages["tables"]
+    tables = json.loads((figures / "tables.json").read_text())
+    tables["about"]["size"] = laboratory.about(stage, stage.systems)["size"]
+    (figures / "tables.json").write_text(json.dumps(tables))
+    text = write_results(figures, figures / "docs").read_text()
+    assert "A quick look: measures nothing." in text.split("\n\n")[1]
 
 
 def test_chance_is_a_row_or_each_system_s_own() -> None:

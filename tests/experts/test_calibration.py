@@ -118,7 +118,7 @@ def test_no_term_is_in_both_halves_and_every_domain_is_halved() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("budget", -0.1), ("max_alpha", 0.0), ("step", float("nan")), ("tokens", 1)]
+    ("name", "value"), [("budget", -0.1), ("max_alpha", 0.0), ("step", float("nan")), ("step", 6.0), ("tokens", 1)]
 )
 def test_settings_out_of_bounds_are_named(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name} is"):

@@ -53,6 +53,7 @@ def pair(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_pair_is_a_folder_that_steers(model: str, pair: Path) -> None:
     assert sorted(p.name for p in pair.iterdir()) == ["README.md", "anti_expert", "curve.png", "expert", "pair.json"]
     about = json.loads((pair / "pair.json").read_text())
+    assert about["texts"] in (pair / "README.md").read_text()
     for result in about["results"].values():
         assert result["nll_after"] < result["nll_before"]
     llm = LLM(model, {"tea": str(pair)}, dtype="float32")
@@ -202,3 +203,27 @@ def test_the_command_says_what_is_wrong(
 ) -> None:
     assert main(["train", str(tmp_path / "out"), *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_model_that_can_not_be_read_is_one_line_and_begins_nothing(
+    models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    pickled = with_tokenizer(models.model("llama"), tmp_path / "pickled", 199)
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    for side in training.SIDES:
+        (tmp_path / side).write_text("\n".join(lines("w5")))
+    source = ["--expert", str(tmp_path / "expert"), "--anti-expert", str(tmp_path / "anti_expert"), "--quiet"]
+    cases = [
+        (str(pickled), "pytorch_model.bin is a pickle"),
+        ("nobody/nothing", "configuration can't be read"),
+        (models.model("llama"), "can't be loaded"),  # it has no tokenizer
+    ]
+    for model, message in cases:
+        assert not (tmp_path / "out").exists()
+        capsys.readouterr()
+        assert main(["train", str(tmp_path / "out"), "-m", model, *source]) == 2
+        said = capsys.readouterr().err
+        assert message in said
+        assert said.startswith("ensemble-decode: model ")
+        assert said.count("\n") == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from ensemble_decode import SamplingParams
+from ensemble_decode.cli import main
 from ensemble_decode.evaluation.crows_pairs import CrowsPairs
 from ensemble_decode.evaluation.metric import System
 from ensemble_decode.integrations.lm_eval import EnsembleLM, parse_alpha, parse_pairs
@@ -80,6 +82,17 @@ def test_crows_pairs_scores_a_sentence_as_the_harness_does(folder: Path, models:
     asked = [Instance("loglikelihood", {}, ("", text), 0) for text in ("w5 w6 w7", "w8 w6 w7")]
     (more, _), (less, _) = model.loglikelihood(asked)
     assert (record["more"], record["less"]) == pytest.approx((more, less), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--model", "ensemble_decode", "--tasks", "a,b", "-h"], ["run", "--limit", "-1"], ["--help"], []]
+)
+def test_the_command_passes_everything_on(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr(sys, "argv", ["ensemble-decode"])
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: seen.append(sys.argv))
+    assert main(["lm-eval", *arguments]) == 0
+    assert seen == [["lm_eval", *arguments]]
 
 
 def flat(values: Any) -> list[float]:
