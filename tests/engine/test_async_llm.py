@@ -340,3 +340,28 @@ def test_a_client_whose_event_loop_has_closed_harms_nobody(served):
     output = run(last(served.generate("cad", params(5))))
     assert output.outputs[0].token_ids == expected(ids("cad"), params(5), 0).tokens
     del stream
+
+
+def test_options_beside_a_loaded_model_are_refused():
+    with pytest.raises(ValueError, match="max_num_seqs: given with a model that is loaded already"):
+        AsyncLLM(make_engine(), max_num_seqs=4)
+
+
+def test_samples_that_wait_are_no_waiting_requests():
+    """One request of many samples fills the batch: another one is still taken."""
+    engine = make_engine(max_num_seqs=2)
+    gate = Gate(engine)
+    llm = AsyncLLM(engine, max_waiting=2)
+    gate.open.set()
+
+    async def clients():
+        many = asyncio.create_task(last(llm.generate("a", SamplingParams(n=8, max_tokens=40, ignore_eos=True, seed=1))))
+        while len(engine.scheduler.waiting) < 3:
+            await asyncio.sleep(0.001)
+        one = await last(llm.generate("b", params(2)))
+        return one, await many
+
+    one, many = run(clients())
+    assert one.finished
+    assert len(many.outputs) == 8
+    llm.shutdown(timeout=10)

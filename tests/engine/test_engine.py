@@ -245,6 +245,7 @@ def test_a_pair_s_own_prompt_may_be_empty():
         ({"prompt": "a", "pair_prompts": {"age": {}}}, "'age'"),
         ({"prompt": "a", "pair_prompts": {"guide": "x"}}, "guide"),
         ({"prompt": "a", "pair_prompts": {"guide": {"both": "x"}}}, "guide"),
+        ({"prompt": "a", "pair_prompts": {"guide": {"expert": "x"}}}, "a dict of strings for 'anti_expert' is allowed"),
         ({"prompt": "a", "pair_prompts": {"guide": {"anti_expert": 3}}}, "guide"),
         ("a" * 200, "200 tokens, allowed are 159"),
     ],

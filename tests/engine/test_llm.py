@@ -206,6 +206,7 @@ def test_score_refuses(llm, texts_, message):
         ("model", None),
         ("speculation", "ngram"),
         ("enable_prefix_caching", "yes"),
+        *(("max_model_len", v) for v in (0, "4096", True)),
         ("seed", "x"),
     ],
 )
@@ -219,6 +220,9 @@ def test_the_cache_is_as_large_as_asked_for(monkeypatch):
     assert make_llm(monkeypatch, kv_cache_bytes=10_500).engine.blocks.num_blocks == 10
     # By default room for every sequence at its longest: 2 sequences × 2 views × 160 tokens.
     assert make_llm(monkeypatch, kv_cache_bytes=None, max_num_seqs=2).engine.blocks.num_blocks == 2 * 2 * 10
+    # And no more than a quarter of what is free, though one sequence should not fit.
+    monkeypatch.setattr(module, "_free_memory", lambda: 20_000)
+    assert make_llm(monkeypatch, kv_cache_bytes=None).engine.blocks.num_blocks == 5
 
 
 def test_chat_needs_a_template(llm):
@@ -242,3 +246,33 @@ def test_chat_answers_after_the_template(llm):
     one = llm.chat([{"role": "user", "content": "cad"}], PARAMS, use_tqdm=False)
     two = llm.chat([[{"role": "user", "content": "cad"}]] * 2, PARAMS, use_tqdm=False)
     assert texts(one) * 2 == texts(two) == [expected(ids("cad"), PARAMS, 0).tokens] * 2
+
+
+def test_a_stream_shows_the_same_logprobs_as_the_end(llm):
+    """Those of before are kept, not made again, and what a stop string cuts off goes."""
+    engine = llm.engine
+    calls = []
+    text_of = engine._token_text
+    engine._token_text = lambda token: calls.append(token) or text_of(token)
+    params = SamplingParams(max_tokens=30, seed=3, logprobs=2, prompt_logprobs=1, ignore_eos=True)
+    engine.add_request(ids("the cad"), params, "a")
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step()
+    last = outputs[-1]
+    assert last.finished
+    assert len(outputs) > 20
+    for output in outputs:
+        assert output.prompt_logprobs == last.prompt_logprobs
+        sample = output.outputs[0]
+        assert sample.logprobs == last.outputs[0].logprobs[: len(sample.token_ids)]
+    assert len(calls) <= 3 * 30 + 2 * len(ids("the cad"))
+
+
+def test_megabytes_of_text_are_refused_before_they_are_read(llm):
+    engine = llm.engine
+    engine.tokenizer.get_vocab = lambda: {"a": 1, " the": 2}
+    with pytest.raises(
+        ValueError, match=r"the prompt has 1000000 characters, allowed are 640 \(max_model_len 160 tokens"
+    ):
+        engine.add_request("a" * 1_000_000)

@@ -38,10 +38,10 @@ NOT_NUMBERS = ["1", True, [1], math.nan, math.inf, -math.inf, 10**400, 1e300]
 NOT_INTEGERS = ["1", 1.0, True, [1], math.nan]
 REFUSED = {
     "alpha": [*NOT_NUMBERS, {"gender": "1"}, {"gender": math.nan}, {"gender": None}, {3: 1.0}],
-    "temperature": [*NOT_NUMBERS, None, -0.1],
+    "temperature": [*NOT_NUMBERS, None, -0.1, 1e-50, 1e-7],
     "top_p": [*NOT_NUMBERS, None, 0, -0.1, 1.1, 1e-50],
     "top_k": [*NOT_INTEGERS, None, -2],
-    "min_p": [*NOT_NUMBERS, None, -0.1, 1.0],
+    "min_p": [*NOT_NUMBERS, None, -0.1, 1.0, 0.99999999],
     "nucleus": ["both", None, 1, ["combined"]],
     "max_tokens": [*NOT_INTEGERS, None, 0, -1],
     "min_tokens": [*NOT_INTEGERS, None, -1, 17],

@@ -294,6 +294,18 @@ def test_an_anti_expert_that_is_the_bare_base_stands_for_the_target() -> None:
     assert draft_mixture(layout, ActivePair(0, 0.25, 0, 0), []) == ((1, 0.25), (2, 0.75))
 
 
+def test_a_draft_model_may_have_a_shorter_context(models: Models) -> None:
+    """It drafts where it can; its costs are timed within its own positions."""
+    target, draft = models.model("gpt2"), models.model("gpt2", 4, n_positions=64)
+    llm = LLM(target, dtype="float32", speculation=Speculation(draft, 3, adaptive=False))
+    params = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
+    short, long = llm.generate([[5, 6, 7] * 4, [5, 6, 7] * 30], params, use_tqdm=False)
+    assert short.metrics.drafted_tokens > 0
+    assert long.metrics.drafted_tokens == 0
+    plain = LLM(target, dtype="float32").generate([[5, 6, 7] * 4, [5, 6, 7] * 30], params, use_tqdm=False)
+    assert [o.outputs[0].token_ids for o in (short, long)] == [o.outputs[0].token_ids for o in plain]
+
+
 def test_an_expert_needs_a_pair(models: Models) -> None:
     with pytest.raises(ValueError, match="there are no pairs"):
         LLM(models.model("llama"), dtype="float32", speculation=Speculation("expert"))

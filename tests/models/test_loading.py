@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -25,7 +26,7 @@ def copy(path: str, to: Path) -> Path:
 
 
 def refused(path: object, *words: str, **options: object) -> None:
-    with pytest.raises(ValueError, match=r"model|adapter|expert|vocabular|dtype|device|max_model_len") as caught:
+    with pytest.raises(ValueError, match=r"model|adapter|expert|vocabular|dtype|device|max_model_len|pairs") as caught:
         LLM(str(path), dtype=options.pop("dtype", "float32"), **options)  # type: ignore[arg-type]
     message = str(caught.value)
     assert "\n" not in message
@@ -100,6 +101,62 @@ def test_sliding_window_is_served_up_to_its_length(models: Models) -> None:
     score = LLM(path, dtype="float32", max_model_len=64).score([text])[0]
     whole = LLM(models.model("mistral"), dtype="float32").score([text])[0]
     assert score.logprobs == whole.logprobs
+
+
+def test_stretched_positions_are_served_up_to_where_they_begin(models: Models) -> None:
+    """longrope takes other factors for a long sequence, and transformers takes them for all of a forward."""
+    factors = [1.0] * 4
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 64}
+    path = models.model("llama", rope_parameters={**rope, "short_factor": factors, "long_factor": [2.0] * 4})
+    refused(path, "longrope", "allowed is 1 … 64")
+    refused(path, "max_model_len is 65", max_model_len=65)
+    assert LLM(path, dtype="float32", max_model_len=64).score([[5, 6, 7]])[0].logprobs[1] is not None
+
+
+def test_an_index_without_files_is_damaged(models: Models, tmp_path: Path) -> None:
+    folder = copy(models.model("llama"), tmp_path / "m")
+    (folder / "model.safetensors.index.json").write_text('{"metadata": {}}')
+    refused(folder, "model.safetensors.index.json is damaged")
+
+
+def test_tokens_that_end_a_text_are_of_the_vocabulary(models: Models) -> None:
+    """A configuration may name others, GPT-2's default for one; min_tokens would ban them in a row that lacks them."""
+    llm = LLM(models.model("gpt2", eos_token_id=[2, 50256, -1]), dtype="float32")
+    assert llm.ensemble.eos_token_ids == (2,)
+    output = llm.generate([[5, 6]], SamplingParams(max_tokens=3, min_tokens=3, seed=1), use_tqdm=False)[0]
+    assert len(output.outputs[0].token_ids) == 3
+
+
+@pytest.mark.parametrize("pattern", ["q_proj", "layers.0.self_attn.q_proj", r"^model\.layers\.\d+\.self_attn\.q_proj"])
+def test_an_adapter_s_alpha_by_module_is_peft_s(models: Models, tmp_path: Path, pattern: str) -> None:
+    folder = copy(models.adapter("llama", 1), tmp_path / "a")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["alpha_pattern"] = {pattern: 64, "q_proj": 1}  # the first that fits counts
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    target = AutoModelForCausalLM.from_pretrained(models.model("llama"))
+    wanted = PeftModel.from_pretrained(target, folder)(torch.tensor([[5, 6, 7]])).logits.log_softmax(-1)[0]
+    pair = ExpertPair(folder)  # z + 1 (z⁺ − z) is z⁺
+    found = LLM(models.model("llama"), {"a": pair}, dtype="float32").next_logprobs([[5, 6, 7]])[0]
+    torch.testing.assert_close(found, wanted[-1], atol=1e-4, rtol=0)
+
+
+def test_a_damaged_adapter_is_named(models: Models, tmp_path: Path) -> None:
+    folder = copy(models.adapter("llama", 1), tmp_path / "a")
+    (folder / "adapter_config.json").write_text("{")
+    refused(models.model("llama"), "adapter_config.json is damaged", pairs={"a": ExpertPair(folder)})
+    again = copy(models.adapter("llama", 1), tmp_path / "b")
+    weights = load_file(again / "adapter_model.safetensors")
+    weights.pop(next(name for name in weights if "lora_B" in name))
+    save_file(weights, again / "adapter_model.safetensors", {"format": "pt"})
+    refused(models.model("llama"), "lacks lora_B of", pairs={"a": ExpertPair(again)})
+
+
+def test_what_the_sampler_could_not_take_is_refused(models: Models) -> None:
+    for alpha in (1e300, 10**400, float("nan")):
+        with pytest.raises(ValueError, match=r"alpha is .* allowed"):
+            ExpertPair("x", alpha=alpha)
+    pair = ExpertPair(models.adapter("llama", 1))
+    refused(models.model("llama"), "65 are given, allowed are 64", pairs={f"{i}": pair for i in range(65)})
 
 
 def test_hybrid_layers_are_refused(models: Models, tmp_path: Path) -> None:
