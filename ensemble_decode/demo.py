@@ -83,7 +83,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-m", "--model", help="hub id or folder (default: SmolLM2-135M-Instruct, from the PyPI package)"
     )
     parser.add_argument(
-        "-p", "--pair", metavar="EXPERT[,ANTI_EXPERT]", help="models or LoRA adapter folders (default: the gender pair)"
+        "-p",
+        "--pair",
+        metavar="PAIR",
+        help="a pair's folder from ensemble-decode train, or EXPERT[,ANTI_EXPERT]: models or LoRA adapter folders (default: the gender pair)",
     )
     parser.add_argument(
         "-a", "--alpha", type=float, nargs="+", default=list(ALPHAS), metavar="α", help="strengths (default 0 0.5 1 2)"
@@ -110,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--max-tokens is {args.max_tokens}, allowed is 1 or more")
     sides = args.pair.split(",") if args.pair else [str(PAIR / "expert"), str(PAIR / "anti_expert")]
     if len(sides) > 2 or not all(sides):
-        raise ValueError(f"--pair is {args.pair!r}, allowed is EXPERT or EXPERT,ANTI_EXPERT")
+        raise ValueError(f"--pair is {args.pair!r}, allowed is a pair's folder, EXPERT or EXPERT,ANTI_EXPERT")
     prompts = args.prompt or list(PROMPTS)
 
     start = time.perf_counter()
@@ -158,7 +161,10 @@ def load(model: str | None, sides: Sequence[str], dtype: str, max_num_seqs: int)
         from ensemble_decode.models.smollm2 import smollm2_path
 
         model = str(smollm2_path())
-    pair = ExpertPair(sides[0], sides[1] if len(sides) > 1 else None)
+    if len(sides) == 1 and Path(sides[0], "pair.json").is_file():
+        pair = ExpertPair.from_folder(sides[0])
+    else:
+        pair = ExpertPair(sides[0], sides[1] if len(sides) > 1 else None)
     return LLM(model, pairs={"demo": pair}, dtype=dtype, max_num_seqs=max_num_seqs, max_model_len=1024)
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from ensemble_decode import demo
 from ensemble_decode.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from ensemble_decode.models.pairs import ExpertPair
 
 
 class FakeLLM:
@@ -82,6 +83,19 @@ def test_json_is_one_object(llm, capsys):
     she, he = found["moved"]["prompts"]["A"]
     assert (she["token"], round(she["target"], 3), round(she["ensemble"], 3)) == (" she", 0.8, 0.4)
     assert he["ensemble"] > he["target"]
+
+
+def test_a_trained_pair_is_taken_as_its_folder(tmp_path, monkeypatch):
+    for side in ("expert", "anti_expert"):
+        (tmp_path / side).mkdir()
+    (tmp_path / "pair.json").write_text('{"alpha": 0.5}')
+    loaded = []
+    monkeypatch.setattr("ensemble_decode.LLM", lambda model, pairs, **kwargs: loaded.append(pairs["demo"]))
+    demo.load("m", [str(tmp_path)], "auto", max_num_seqs=8)
+    demo.load("m", ["x"], "auto", max_num_seqs=8)
+    demo.load("m", ["x", "y"], "auto", max_num_seqs=8)
+    trained = ExpertPair(tmp_path / "expert", tmp_path / "anti_expert", alpha=0.5)
+    assert loaded == [trained, ExpertPair("x"), ExpertPair("x", "y")]
 
 
 def test_narrow_terminal_puts_texts_below_each_other():

@@ -6,6 +6,7 @@ first; ``ensemble-decode lm-eval`` does that and then is the harness's own comma
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,9 +33,10 @@ class EnsembleLM(TemplateLM):
     model : str
         Hub id or folder; "smollm2" is SmolLM2-135M-Instruct from PyPI.
     pairs : str
-        ``name:expert+anti_expert``, several separated by ";" (the harness splits at commas); ``name:demo`` is the package's.
+        ``name:folder`` of a trained pair, or ``name:expert+anti_expert``, several separated by ";" (the harness splits at commas);
+        ``name:demo`` is the package's.
     alpha : float or str
-        A number, or ``name:number`` separated by ";".
+        A number, or ``name:number`` separated by ";". None: each pair's own.
     base, dtype, max_model_len
         As in :class:`LLM` and :class:`ExpertPair`.
     batch_size : int or "auto"
@@ -193,7 +195,7 @@ class EnsembleLM(TemplateLM):
 
 
 def parse_pairs(text: str, base: str | None = None) -> dict[str, ExpertPair]:
-    """``"gender:out/expert+out/anti;race:demo"``."""
+    """``"gender:out/expert+out/anti;race:out/race;tone:demo"``."""
     from ensemble_decode.demo import PAIR
 
     pairs = {}
@@ -201,10 +203,13 @@ def parse_pairs(text: str, base: str | None = None) -> dict[str, ExpertPair]:
         name, separator, paths = part.partition(":")
         sides = paths.split("+")
         if not separator or not name or not all(sides) or len(sides) > 2:
-            raise ValueError(f"pairs holds {part!r}, allowed is name:expert or name:expert+anti_expert")
+            raise ValueError(f"pairs holds {part!r}, allowed is name:folder, name:expert or name:expert+anti_expert")
         if paths == "demo":
             sides = [str(PAIR / "expert"), str(PAIR / "anti_expert")]
-        pairs[name] = ExpertPair(sides[0], sides[1] if len(sides) == 2 else None, base=base)
+        if len(sides) == 1 and Path(paths, "pair.json").is_file():
+            pairs[name] = ExpertPair.from_folder(paths, base)
+        else:
+            pairs[name] = ExpertPair(sides[0], sides[1] if len(sides) == 2 else None, base=base)
     return pairs
 
 

@@ -18,6 +18,7 @@ from ensemble_decode.cli import main
 from ensemble_decode.evaluation.crows_pairs import CrowsPairs
 from ensemble_decode.evaluation.metric import System
 from ensemble_decode.integrations.lm_eval import EnsembleLM, parse_alpha, parse_pairs
+from ensemble_decode.models.pairs import ExpertPair
 from tests.conftest import VOCAB, Models
 from tests.models.test_loading import with_tokenizer
 
@@ -97,6 +98,14 @@ def test_the_command_passes_everything_on(arguments: list[str], monkeypatch: pyt
 
 def flat(values: Any) -> list[float]:
     return [x for value in values for x in flat(value)] if isinstance(values, list | tuple) else [float(values)]
+
+
+def test_a_trained_pair_is_taken_as_its_folder(tmp_path: Path) -> None:
+    for side in ("expert", "anti_expert"):
+        (tmp_path / side).mkdir()
+    (tmp_path / "pair.json").write_text('{"alpha": 0.5}')
+    trained = ExpertPair(tmp_path / "expert", tmp_path / "anti_expert", "base", 0.5)
+    assert parse_pairs(f"a:{tmp_path};b:x", "base") == {"a": trained, "b": ExpertPair("x", base="base")}
 
 
 def test_arguments() -> None:
