@@ -389,10 +389,11 @@ class Engine:
             return sequence.text
         if self.tokenizer is None or not sequence.output:
             return ""
+        if not sequence.finished:  # perhaps a sample that waits, with tokens of a step that was not streamed
+            self._read(sequence)
+            return self._detokenizers[sequence].safe_text
         reader = self._detokenizers.get(sequence)
         if reader is not None:
-            if not sequence.finished:
-                return reader.safe_text
             reader.push(sequence.output[reader.pushed : self._text_end(sequence)], may_stop=False)
             reader.flush()
             return reader.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
@@ -136,6 +137,19 @@ def test_a_step_computes_as_many_rows_whoever_steers(alpha):
     rows = [sum(len(span.tokens) * len(span.pools) for span in batch.spans) for batch in engine.runner.batches]
     assert max(rows) <= 150
     assert max(rows) > 140, "and it is used"
+
+
+def test_a_sample_that_waits_shows_no_part_of_a_character():
+    """Its token came in a step that was not streamed, and another sample's step shows the request."""
+    lead = VOCAB - 9  # the first byte of two
+    params = SamplingParams(n=2, max_tokens=6, ignore_eos=True)
+    seed = next(s for s in range(10_000) if expected([5], params, s, 1).tokens[0] == lead)
+    engine = make_engine(max_num_seqs=1)
+    engine.add_request([5], replace(params, seed=seed))
+    assert engine.step(stream=False) == []
+    (output,) = engine.step()
+    assert output.outputs[1].token_ids == [lead]
+    assert output.outputs[1].text == ""
 
 
 def test_waiting_requests_come_in_the_order_of_their_arrival():
