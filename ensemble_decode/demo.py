@@ -161,11 +161,9 @@ def load(model: str | None, sides: Sequence[str], dtype: str, max_num_seqs: int)
         from ensemble_decode.models.smollm2 import smollm2_path
 
         model = str(smollm2_path())
-    if len(sides) == 1 and Path(sides[0], "pair.json").is_file():
-        pair = ExpertPair.from_folder(sides[0])
-    else:
-        pair = ExpertPair(sides[0], sides[1] if len(sides) > 1 else None)
-    return LLM(model, pairs={"demo": pair}, dtype=dtype, max_num_seqs=max_num_seqs, max_model_len=1024)
+    return LLM(
+        model, pairs={"demo": ExpertPair.from_paths(sides)}, dtype=dtype, max_num_seqs=max_num_seqs, max_model_len=1024
+    )
 
 
 def continue_all(llm: LLM, prompts: list[str], alpha: float, max_tokens: int, seed: int) -> Steered:

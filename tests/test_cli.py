@@ -144,7 +144,7 @@ def test_files_that_can_not_be_read_or_written_are_named_in_one_line(
 def test_explain_says_what_it_needs_before_it_begins(
     flag: str, package: str, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ensemble_decode.cli.explain.find_spec", lambda name: None if name == package else object())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == package else object())
     monkeypatch.setattr("ensemble_decode.cli.explain.load_model", lambda args: pytest.fail("it began"))
     done = command("explain", "w5", flag, "file")
     assert (done.returncode, done.stderr) == (

@@ -19,11 +19,11 @@ class CommandError(ValueError):
     """Something the user can mend, said in one line."""
 
 
-def refuse_missing(command: str, *modules: str) -> None:
-    """A CommandError for a module that isn't installed: before the first hour of work, not after it."""
+def refuse_missing(command: str, *modules: str, extra: str = "evaluate") -> None:
+    """A CommandError for a module of an extra that isn't installed: before the first hour of work, not after it."""
     for name in modules:
         if importlib.util.find_spec(name) is None:
-            raise CommandError(f"{command} needs {name}: pip install 'ensemble_decode[evaluate]'")
+            raise CommandError(f"{command} needs {name}: pip install 'ensemble_decode[{extra}]'")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -101,10 +101,7 @@ def load_model(args: argparse.Namespace) -> LLM:
         sides = paths.split(",")
         if len(sides) > 2:
             raise CommandError(f"--pair {name!r} names {len(sides)} folders, allowed are 1 or 2")
-        if len(sides) == 1 and Path(paths, "pair.json").is_file():
-            pairs[name] = ExpertPair.from_folder(paths, args.base)
-            continue
-        pairs[name] = ExpertPair(sides[0], sides[1] if len(sides) == 2 else None, base=args.base)
+        pairs[name] = ExpertPair.from_paths(sides, args.base)
     model = args.model
     if model == SMOLLM2:
         from ensemble_decode.models.smollm2 import smollm2_path

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
-from ensemble_decode.cli.common import CommandError, add_model, load_model, parse_alpha
+from ensemble_decode.cli.common import add_model, load_model, parse_alpha, refuse_missing
 
 HELP = "what every pair did to every token of a continuation"
 
@@ -38,8 +37,8 @@ def run(args: argparse.Namespace) -> int:
     from ensemble_decode import SamplingParams
 
     for flag, wanted, package in (("--html", args.html, "jinja2"), ("--csv", args.csv, "pandas")):
-        if wanted and find_spec(package) is None:  # said before the work, not after it
-            raise CommandError(f"{flag} needs {package}: pip install 'ensemble_decode[report]'")
+        if wanted:
+            refuse_missing(flag, package, extra="report")
     params = SamplingParams(
         alpha=parse_alpha(args.alpha),
         max_tokens=args.max_tokens,

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ensemble_decode.models.layout import Layout
+from ensemble_decode.models.pairs import FLOAT32_MAX
 
 _INT64 = 1 << 63
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK64 = (1 << 64) - 1
 # Parameters become float32 on their way to the sampler: what would be 0 or infinite there is refused here.
-_FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 _FLOAT32_TINY = 2.0**-126
 #: What is not below this is rounded to 1.
 _FLOAT32_BELOW_1 = 1 - 2.0**-25
@@ -181,7 +181,7 @@ def check_number(name: str, value: Any, least: float = -math.inf, most: float = 
     """Refuse what is not a finite number of float32 in these bounds."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{name} is {value!r}, a number is allowed")
-    if not -_FLOAT32_MAX <= value <= _FLOAT32_MAX or not least <= value <= most:
+    if not -FLOAT32_MAX <= value <= FLOAT32_MAX or not least <= value <= most:
         bounds = (
             "a finite number (of float32)"
             if math.isinf(least) and math.isinf(most)

@@ -6,7 +6,6 @@ first; ``ensemble-decode lm-eval`` does that and then is the harness's own comma
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -206,10 +205,7 @@ def parse_pairs(text: str, base: str | None = None) -> dict[str, ExpertPair]:
             raise ValueError(f"pairs holds {part!r}, allowed is name:folder, name:expert or name:expert+anti_expert")
         if paths == "demo":
             sides = [str(PAIR / "expert"), str(PAIR / "anti_expert")]
-        if len(sides) == 1 and Path(paths, "pair.json").is_file():
-            pairs[name] = ExpertPair.from_folder(paths, base)
-        else:
-            pairs[name] = ExpertPair(sides[0], sides[1] if len(sides) == 2 else None, base=base)
+        pairs[name] = ExpertPair.from_paths(sides, base)
     return pairs
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
 
 #: The largest float32: what α becomes on its way to the sampler.
-_LARGEST = (2 - 2**-23) * 2.0**127
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class ExpertPair:
         expert_prompt: str | None = None,
         anti_expert_prompt: str | None = None,
     ) -> None:
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not -_LARGEST <= alpha <= _LARGEST:
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not -FLOAT32_MAX <= alpha <= FLOAT32_MAX:
             raise ValueError(f"ExpertPair: alpha is {alpha!r}, a finite number (of float32) is allowed")
         sides = {"expert": expert, "anti_expert": anti_expert, "base": base}
         for name, value in sides.items():
@@ -94,6 +95,13 @@ class ExpertPair:
             if not (path / side).is_dir():
                 raise ValueError(f"{str(path)!r} is no pair: the folder {side} is missing")
         return cls(path / "expert", path / "anti_expert", base, alpha)
+
+    @classmethod
+    def from_paths(cls, paths: Sequence[str], base: str | PathLike[str] | None = None) -> ExpertPair:
+        """A pair as command lines name it: the folder of a trained one, or one or two sides (models or adapters)."""
+        if len(paths) == 1 and Path(paths[0], "pair.json").is_file():
+            return cls.from_folder(paths[0], base)
+        return cls(paths[0], paths[1] if len(paths) == 2 else None, base)
 
     @classmethod
     def from_prompts(cls, expert: str | None = None, anti_expert: str | None = None, alpha: float = 1.0) -> ExpertPair:
