@@ -47,17 +47,17 @@ class Filler:
 
 
 def tokens_needed(batch: int, context: int, steps: int) -> int:
-    """Tokens of KV cache, at most: the rows that are ready decode while the others are read."""
-    return batch * (-(-(context + steps + 3 + batch) // BLOCK_SIZE) + 1) * BLOCK_SIZE
+    """Tokens of KV cache, at most."""
+    return batch * (-(-(context + steps + 3) // BLOCK_SIZE) + 1) * BLOCK_SIZE
 
 
 def step_times(llm: LLM, batch: int, context: int, alpha: float, steps: int) -> tuple[list[float], int]:
     """Seconds of ``steps`` decode steps at ``context`` tokens of context, and the KV blocks in use."""
-    params = SamplingParams(alpha=alpha, top_p=0.9, seed=1, max_tokens=steps + 3 + batch, ignore_eos=True)
+    params = SamplingParams(alpha=alpha, top_p=0.9, seed=1, max_tokens=steps + 3, ignore_eos=True)
     requests = [llm.engine.add_request(p, params) for p in prompts(batch, context - 2, 49000)]
     llm.engine.runner = Filler(llm)
-    while any(not request.sequences[0].output for request in requests):
-        llm.engine.step(stream=False)
+    llm.engine.step(stream=False)
+    assert all(request.sequences[0].output for request in requests), "the prompts did not fit into one step"
     llm.engine.runner = llm.runner
     llm.engine.step(stream=False)
     times = []
@@ -66,7 +66,7 @@ def step_times(llm: LLM, batch: int, context: int, alpha: float, steps: int) -> 
         llm.engine.step(stream=False)
         times.append(time.perf_counter() - start)
     used = llm.runner.num_blocks - llm.engine.blocks.num_free
-    assert not any(request.metrics.preemptions for request in requests)
+    assert len(llm.engine.requests) == batch and not any(request.metrics.preemptions for request in requests)
     for request in requests:
         llm.engine.abort(request.request_id)
     return times, used
@@ -88,7 +88,10 @@ class Cell:
 def measure(settings: list[tuple[int, int]], steered: bool, args: argparse.Namespace) -> list[Cell]:
     """The cells of one column of the table, in a cache as large as the largest of them."""
     pairs = {"gender": ExpertPair(PAIR / "expert", PAIR / "anti_expert")} if steered else {}
+    # All prompts of a cell are read in one step, so that no row decodes before the others are there.
+    prompts_at_once = 3 * max(args.batch) * max(args.context)
     options: dict[str, Any] = {"dtype": args.dtype, "max_model_len": 8192, "max_num_seqs": max(args.batch)}
+    options["max_num_batched_tokens"] = prompts_at_once
     per_token = (
         LLM(str(smollm2_path()), pairs, kv_cache_bytes=1 << 24, **options).ensemble.bytes_per_block // BLOCK_SIZE
     )
