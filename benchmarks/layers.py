@@ -86,8 +86,8 @@ class Step:
 
     def __init__(self, dtype: torch.dtype, rows: int, context: int) -> None:
         blocks = -(-context // 16)
-        self.layers = [self._layer(dtype) for _ in range(LAYERS)]
-        self.caches = [ops.new_caches(rows * blocks, KV_HEADS, HEAD_DIM, dtype) for _ in range(LAYERS)]
+        layers = [self._layer(dtype) for _ in range(LAYERS)]
+        caches = [ops.new_caches(rows * blocks, KV_HEADS, HEAD_DIM, dtype) for _ in range(LAYERS)]
         self.head = ops.pack_weight(random(VOCABULARY, WIDTH, dtype=dtype))
         self.hidden = random(rows, WIDTH, dtype=dtype)
         self.cos, self.sin = torch.ones(rows, HEAD_DIM).to(dtype), torch.zeros(rows, HEAD_DIM).to(dtype)
@@ -95,11 +95,10 @@ class Step:
         self.context_len = torch.full((rows,), context, dtype=torch.int32)
         self.block_table = torch.randperm(rows * blocks).int().view(rows, blocks)
         self.adapter = (torch.arange(rows) * 3 // rows - 1).int()  # target, expert, anti-expert
-        self.read = [
-            self.head,
-            *(t for layer in self.layers for t in layer[0]),
-            *(t for pair in self.caches for t in pair),
-        ]
+        self.weights = [list(part) for part in zip(*(weights for weights, _ in layers), strict=True)]
+        self.lora = [factor for _, factors in layers for factor in factors]
+        self.kv = [list(side) for side in zip(*caches, strict=True)]
+        self.read = [self.head, *(t for part in (*self.weights, *self.kv) for t in part)]
 
     @staticmethod
     def _layer(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
@@ -112,15 +111,12 @@ class Step:
         return [*norms, *packed], lora
 
     def run(self, with_lora: bool) -> Tensor:
-        hidden = self.hidden
-        for (weights, lora), (k_cache, v_cache) in zip(self.layers, self.caches, strict=True):
-            norm1, norm2, qkv, o, gate_up, down = weights
-            hidden = ops.decoder_layer(
-                hidden, self.cos, self.sin, norm1, norm2, qkv, None, o, None, gate_up, down, None, None,
-                lora if with_lora else [], self.adapter if with_lora else None, k_cache, v_cache, self.query_start,
-                self.context_len, self.block_table, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, 1e-5, 0.0,
-                HEAD_DIM**-0.5, 0,
-            )  # fmt: skip
+        norm1, norm2, qkv, o, gate_up, down = self.weights
+        hidden = ops.decoder_layers(
+            self.hidden, self.cos, self.sin, norm1, norm2, qkv, [], o, [], gate_up, down, [], [],
+            self.lora if with_lora else [], self.adapter if with_lora else None, self.kv[0], self.kv[1], self.query_start, self.context_len, self.block_table,
+            HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, 1e-5, 0.0, HEAD_DIM**-0.5, 0,
+        )  # fmt: skip
         return ops.linear(hidden, self.head, None, VOCABULARY, True)
 
 

@@ -66,7 +66,8 @@ def step_times(llm: LLM, batch: int, context: int, alpha: float, steps: int) -> 
         llm.engine.step(stream=False)
         times.append(time.perf_counter() - start)
     used = llm.runner.num_blocks - llm.engine.blocks.num_free
-    assert len(llm.engine.requests) == batch and not any(request.metrics.preemptions for request in requests)
+    assert len(llm.engine.requests) == batch
+    assert not any(request.metrics.preemptions for request in requests)
     for request in requests:
         llm.engine.abort(request.request_id)
     return times, used

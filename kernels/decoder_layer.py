@@ -45,22 +45,20 @@ def decoder_layer(
     activation: int,
     scales: Sequence[Tensor] = (),
 ) -> Tensor:
-    """See ``ensemble_decode.ops.decoder_layer``. What the products give is of hidden's dtype, the residual float32."""
+    """One of the layers of ``ensemble_decode.ops.decoder_layers``. What the products give is of hidden's dtype, the residual float32."""
     if scales:
-        raise RuntimeError(f"decoder_layer: scales has {len(scales)} tensors, it must have 0 here (int8 is for a CPU)")
+        raise RuntimeError(f"decoder_layers: scales has {len(scales)} tensors, it must have 0 here (int8 is for a CPU)")
     if activation not in (0, 1, 2):
-        raise RuntimeError(f"decoder_layer: activation is {activation}, it must be 0 (silu), 1 (gelu_tanh) or 2 (gelu)")
-    if len(lora) not in (0, 8):
         raise RuntimeError(
-            f"decoder_layer: lora has {len(lora)} tensors, it must have 0, or 8: a, b of qkv, o, gate_up, down"
+            f"decoder_layers: activation is {activation}, it must be 0 (silu), 1 (gelu_tanh) or 2 (gelu)"
         )
     if cos.shape != sin.shape or cos.stride() != sin.stride() or cos.stride(-1) != 1:
         raise RuntimeError(
-            "decoder_layer: cos and sin must have the same shape and strides, the last dimension contiguous"
+            "decoder_layers: cos and sin must have the same shape and strides, the last dimension contiguous"
         )
     if k_cache.shape != v_cache.shape or v_cache.shape[1] != num_kv_heads or v_cache.shape[3] != head_dim:
         raise RuntimeError(
-            f"decoder_layer: v_cache is {list(v_cache.shape)}, it must be [blocks, {num_kv_heads}, 16, {head_dim}]"
+            f"decoder_layers: v_cache is {list(v_cache.shape)}, it must be [blocks, {num_kv_heads}, 16, {head_dim}]"
         )
     q_width, kv_width, width = num_heads * head_dim, num_kv_heads * head_dim, hidden.shape[1]
 

@@ -1,4 +1,4 @@
-// The layer operators of the engine on a CPU: linear, LoRA, RMS norm, paged attention, and a whole decoder layer.
+// The layer operators of the engine on a CPU: linear, LoRA, RMS norm, paged attention, and the decoder layers of a model.
 //
 // No framework below this line: raw pointers, sizes, strides in elements. Everything is compiled for three levels of
 // instruction set (layers_v4.cpp: AVX-512 with BF16, layers_v3.cpp: AVX2 and FMA, layers_base.cpp: any machine) and
@@ -97,6 +97,7 @@ struct AttentionArgs {
 
 enum class Activation { silu, gelu_tanh, gelu };
 
+// One layer of a call, whose layers differ in weights, adapters and caches only; hidden and out are the first one's.
 struct LayerArgs {
   DType dtype;
   const void* hidden;  // [tokens, width]
@@ -124,7 +125,7 @@ struct Kernels {
   void (*lora)(const LoraArgs&);
   void (*rms_norm)(const RmsNormArgs&);
   void (*paged_attention)(const AttentionArgs&);
-  void (*decoder_layer)(const LayerArgs&);
+  void (*decoder_layers)(const LayerArgs* layers, int64_t count);
   void (*ensemble_sample)(const SampleArgs&);
   void (*combine)(const SampleArgs&);
 };

@@ -28,7 +28,7 @@ struct Carver {
 #include "lora.inc.h"
 #include "rms_norm.inc.h"
 #include "paged_attention.inc.h"
-#include "decoder_layer.inc.h"
+#include "decoder_layers.inc.h"
 #include "noise.inc.h"
 #include "ensemble_sample_visit.inc.h"
 #include "ensemble_sample.inc.h"
@@ -46,7 +46,6 @@ BY_DTYPE(linear, LinearArgs)
 BY_DTYPE(lora, LoraArgs)
 BY_DTYPE(rms_norm, RmsNormArgs)
 BY_DTYPE(paged_attention, AttentionArgs)
-BY_DTYPE(decoder_layer, LayerArgs)
 BY_DTYPE(ensemble_sample, SampleArgs)
 BY_DTYPE(combine, SampleArgs)
 #undef BY_DTYPE
@@ -60,7 +59,7 @@ const Kernels VARIANT_TABLE = {
     VARIANT::lora_by_dtype,
     VARIANT::rms_norm_by_dtype,
     VARIANT::paged_attention_by_dtype,
-    VARIANT::decoder_layer_by_dtype,
+    VARIANT::decoder_layers,
     VARIANT::ensemble_sample_by_dtype,
     VARIANT::combine_by_dtype,
 };

@@ -9,6 +9,11 @@
 constexpr int kTileRows = SIMD_LEVEL == 4 ? 12 : SIMD_LEVEL == 3 ? 6 : 1;
 constexpr int kWideRows = SIMD_LEVEL == 3 ? 3 : kTileRows;
 constexpr int kTileColumns = kGroupColumns;
+// So few rows wait for memory, which two streams get more out of than one: their tiles take two groups at a time. With AVX2
+// some accumulators of two and three rows go to memory for it: three rows of 16-bit weights, which take more instructions to
+// widen, were slower so.
+template <typename T>
+constexpr int kPairRows = SIMD_LEVEL == 0 ? 1 : SIMD_LEVEL == 4 || sizeof(T) == sizeof(float) ? 3 : 2;
 // Rows that go through one group of columns before the next: their inputs stay in the second-level cache.
 constexpr int64_t kRowBlock = 96;
 // How far ahead a stream of weights is asked for, and the largest group to be asked for as a whole.
@@ -56,6 +61,13 @@ static inline LinearTile<T> linear_tile_of(int rows) {
   return tiles[rows - 1];
 }
 
+// The first row of tile t of a block: even shares, but that AVX2 takes eight rows as 3 and 5. Four rows of sixteen columns are
+// eight chains of additions, just as many as its two multipliers keep under way, so that whatever waits is not made up for.
+static inline int64_t first_row(int64_t block, int64_t tiles, int64_t t) {
+  if (SIMD_LEVEL == 3 && block == 8 && t == 1) return 3;
+  return block * t / tiles;
+}
+
 // The weights a little further on: for the first tile of a group that nobody has asked for.
 template <typename T>
 static inline Ahead<T> stream_ahead(const T* group) {
@@ -71,6 +83,25 @@ static inline Ahead<T> next_group_ahead(const T* next, int64_t group_elements, i
   return {{at, middle}, (16 * Step<T>::kPer + tiles - 1) / tiles};
 }
 
+// The tiles of two groups that lie one after the other, in step. `ahead` is asked for in their order.
+template <typename T, int Rows>
+static void linear_pair(const T* group, const T* ahead, int64_t group_elements, const Input<T>* x, int64_t x_stride,
+                        int64_t steps, float* const* sums) {
+  constexpr int64_t kVector = Step<T>::kVector;
+  const T *w[4] = {group, group + kVector, group + group_elements, group + group_elements + kVector},
+          *hints[4] = {ahead, ahead + kVector, ahead + group_elements, ahead + group_elements + kVector};
+  alignas(64) float both[Rows * 4 * 16];
+  dot_tile<T, Rows, 4>(w, kTileColumns * Step<T>::kPer, hints, kTileColumns * Step<T>::kPer, x, x_stride, steps, both, 4 * 16);
+  for (int r = 0; r < Rows; r++)
+    for (int c = 0; c < 4; c++) store(sums[c / 2] + r * kTileColumns + c % 2 * 16, load(both + (4 * r + c) * 16));
+}
+
+template <typename T>
+static inline auto linear_pair_of(int64_t rows) {
+  constexpr int kMost = kPairRows<T>;
+  return rows == 1 ? linear_pair<T, 1> : rows == 2 ? linear_pair<T, kMost < 2 ? kMost : 2> : linear_pair<T, kMost>;
+}
+
 static inline void scale_columns(const Tile& tile, const float* scale) {
   for (int c = 0; c < kTileColumns; c += 16) {
     V16 factor = load(scale + c);
@@ -81,34 +112,65 @@ static inline void scale_columns(const Tile& tile, const float* scale) {
   }
 }
 
-// Every tile of x [rows, steps] times the packed weights goes to finish(tile), on some thread of the team. No barrier.
-template <typename T, typename Finish>
-static inline void linear_phase(Team& team, Counter& counter, const Input<T>* x, int64_t x_stride, int64_t rows,
-                                const T* packed, const float* scale, int64_t in_features, int64_t out_features,
-                                const Finish& finish) {
+template <typename T>
+static inline int64_t group_elements_of(int64_t in_features) {
   constexpr int kPer = Step<T>::kPer;
-  int64_t steps = (in_features + kPer - 1) / kPer, group_elements = steps * kTileColumns * kPer;
-  int64_t groups = (out_features + kTileColumns - 1) / kTileColumns;
-  int64_t row_blocks = (rows + kRowBlock - 1) / kRowBlock;
-  bool whole_groups = group_elements * static_cast<int64_t>(sizeof(T)) <= kMaxGroupBytes;
-  alignas(64) float sums[kTileRows * kTileColumns];
-  int64_t begin, end;
-  while (take(counter, groups * row_blocks, team.size, begin, end)) {
-    for (int64_t item = begin; item < end; item++) {
-      int64_t index = item % groups, first = item / groups * kRowBlock;
-      int64_t block = rows - first < kRowBlock ? rows - first : kRowBlock;
+  return (in_features + kPer - 1) / kPer * kTileColumns * kPer;
+}
+
+static inline int64_t row_blocks_of(int64_t rows) { return (rows + kRowBlock - 1) / kRowBlock; }
+static inline int64_t groups_of(int64_t out_features) { return (out_features + kTileColumns - 1) / kTileColumns; }
+
+// The first weights that a thread will read in a linear: while it computes its last group of the linear before, it asks
+// for them, so that the memory works through the barrier between.
+template <typename T>
+static inline const T* first_group(const Team& team, const T* packed, int64_t rows, int64_t in_features,
+                                   int64_t out_features) {
+  int64_t groups = groups_of(out_features), items = groups * row_blocks_of(rows);
+  return packed + items * team.index / team.size % groups * group_elements_of<T>(in_features);
+}
+
+// Every tile of x [rows, steps] times the packed weights goes to finish(tile), on some thread of the team. No barrier.
+// One counter a thread; `then` is what this thread will read next, or null.
+template <typename T, typename Finish>
+static inline void linear_phase(Team& team, Counter* counters, const Input<T>* x, int64_t x_stride, int64_t rows,
+                                const T* packed, const float* scale, int64_t in_features, int64_t out_features,
+                                const T* then, const Finish& finish) {
+  int64_t group_elements = group_elements_of<T>(in_features), steps = group_elements / (kTileColumns * Step<T>::kPer);
+  int64_t groups = groups_of(out_features), items = groups * row_blocks_of(rows);
+  bool whole_groups = group_elements * static_cast<int64_t>(sizeof(T)) <= kMaxGroupBytes, helps;
+  int64_t own_end = items * (team.index + 1) / team.size, item, count, asked = -1;
+  constexpr int kMostRows = kTileRows > kPairRows<T> ? kTileRows : kPairRows<T>;
+  alignas(64) float memory[2][kMostRows * kTileColumns];
+  float* sums[2] = {memory[0], memory[1]};
+  auto done = [&](Tile tile) {
+    if (scale) scale_columns(tile, scale + tile.column);
+    finish(tile);
+  };
+  while (take_near(counters, items, team.index, team.size, SIMD_LEVEL > 0 && rows <= kPairRows<T> ? 2 : 1, item, count, helps)) {
+    int64_t index = item % groups, first = item / groups * kRowBlock;
+    int64_t block = rows - first < kRowBlock ? rows - first : kRowBlock;
+    const T *group = packed + index * group_elements, *next = index + count < groups ? group + count * group_elements : packed;
+    bool last = helps || item + count == own_end;
+    if (last) next = then;
+    if (count == 2) {
+      const T* ahead = last && then && whole_groups ? then : group + kStreamBytes / static_cast<int64_t>(sizeof(T));
+      linear_pair_of<T>(rows)(group, ahead, group_elements, x, x_stride, steps, sums);
+      for (int64_t i = 0; i < 2; i++) done({0, (index + i) * kTileColumns, static_cast<int>(rows), sums[i]});
+    } else {
       int64_t tiles = (block + kTileRows - 1) / kTileRows;
-      const T *group = packed + index * group_elements, *next = index + 1 < groups ? group + group_elements : packed;
+      bool ask = whole_groups && next && (last || block > kWideRows);
       for (int64_t t = 0; t < tiles; t++) {
-        int64_t lo = first + block * t / tiles, hi = first + block * (t + 1) / tiles;
-        bool unasked = block <= kWideRows || !whole_groups || (item == begin && t == 0);
-        Ahead<T> ahead = unasked ? stream_ahead(group) : next_group_ahead(next, group_elements, t, tiles);
-        Tile tile{lo, index * kTileColumns, static_cast<int>(hi - lo), sums};
-        linear_tile_of<T>(tile.rows)(group, ahead, x + lo * x_stride, x_stride, steps, sums);
-        if (scale) scale_columns(tile, scale + tile.column);
-        finish(tile);
+        int64_t lo = first + first_row(block, tiles, t), hi = first + first_row(block, tiles, t + 1);
+        bool stream = !ask || (item != asked && t == 0 && tiles > 1);
+        Ahead<T> ahead = stream ? stream_ahead(group) : next_group_ahead(next, group_elements, t, tiles);
+        Tile tile{lo, index * kTileColumns, static_cast<int>(hi - lo), sums[0]};
+        linear_tile_of<T>(tile.rows)(group, ahead, x + lo * x_stride, x_stride, steps, tile.sums);
+        done(tile);
       }
+      if (!last) asked = item + 1;
     }
+    if (last) then = nullptr;
   }
 }
 
@@ -132,7 +194,8 @@ static void linear_with(const LinearArgs& args) {
   const T* x = static_cast<const T*>(args.x);
   int64_t n = args.out_features, k = args.in_features, stride = input_stride<T>(k);
   bool direct = sizeof(Input<T>) == sizeof(T) && k % Step<Weight>::kPer == 0;
-  size_t counters = 2 * sizeof(Counter);
+  int threads = threads_for(args.rows * n * k);
+  size_t counters = static_cast<size_t>(1 + threads) * sizeof(Counter);
   char* memory = static_cast<char*>(
       workspace(counters + (direct ? 0 : static_cast<size_t>(args.rows * stride) * sizeof(Input<T>))));
   __builtin_memset(memory, 0, counters);
@@ -156,15 +219,15 @@ static void linear_with(const LinearArgs& args) {
       }
     }
   };
-  parallel(threads_for(args.rows * n * k), [&](Team& team) {
+  parallel(threads, [&](Team& team) {
     if (!direct) {
       int64_t begin, end;
       while (take(counter[0], args.rows, team.size, begin, end))
         for (int64_t r = begin; r < end; r++) to_input(x + r * args.x_stride, k, converted + r * stride);
       team.barrier();
     }
-    linear_phase(team, counter[1], input, input_row, args.rows, static_cast<const Weight*>(args.packed), args.scale, k, n,
-                 finish);
+    linear_phase<Weight>(team, counter + 1, input, input_row, args.rows, static_cast<const Weight*>(args.packed), args.scale, k,
+                         n, nullptr, finish);
   });
 }
 

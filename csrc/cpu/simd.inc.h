@@ -503,6 +503,17 @@ static inline void dot_tile(const T* const* w, int64_t step_stride, const T* con
     }
 #pragma GCC unroll 2
     for (int part = 0; part < S::kParts; part++) {
+#if SIMD_LEVEL == 3
+      // Sixteen registers: one column's weights at a time beside the accumulators, and the inputs read again for the next.
+#pragma GCC unroll 8
+      for (int c = 0; c < Columns; c++) {
+        auto lanes = S::weights(weights[c], part);
+        if (Rows > 1 && c > 0) asm volatile("" : "+r"(bases[0]));
+#pragma GCC unroll 16
+        for (int r = 0; r < Rows; r++)
+          acc[r][c] = S::multiply_add(lanes, S::broadcast(bases[r / 3] + (r % 3) * x_stride, part), acc[r][c]);
+      }
+#else
       decltype(S::weights(w[0], 0)) lanes[Columns];
 #pragma GCC unroll 8
       for (int c = 0; c < Columns; c++) lanes[c] = S::weights(weights[c], part);
@@ -512,6 +523,7 @@ static inline void dot_tile(const T* const* w, int64_t step_stride, const T* con
 #pragma GCC unroll 8
         for (int c = 0; c < Columns; c++) acc[r][c] = S::multiply_add(lanes[c], b, acc[r][c]);
       }
+#endif
     }
 #pragma GCC unroll 8
     for (int c = 0; c < Columns; c++) weights[c] += step_stride;

@@ -19,8 +19,8 @@ inline void pause() {
 #endif
 }
 
-// About 100 us of spinning before a worker sleeps: longer than Python needs between two layers
-// of a step, shorter than anyone minds when the engine goes idle.
+// About 100 us of spinning before a worker sleeps: longer than Python needs between two
+// operators of a step, shorter than anyone minds when the engine goes idle.
 constexpr int kSpins = 4000;
 // A barrier that has spun this long is waiting for a thread that lost its core: give ours away.
 constexpr int kSpinsBeforeYield = 2000;

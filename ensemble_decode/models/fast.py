@@ -1,8 +1,8 @@
-"""transformers' modules made fast in place: packed and merged linears, fused norms, whole fused layers.
+"""transformers' modules made fast in place: packed and merged linears, fused norms, all decoder layers as one.
 
 The modelling code stays transformers' own; what is replaced are leaves (``nn.Linear``, RMS norms) for every family, and the
-decoder layer as a whole for the families that share Llama's (one operator for the layer: nothing of Python between
-its parts). Whatever is replaced is compared with the original at load (see ``loading`` and ``group``).
+decoder layers as a whole for the families that share Llama's (one operator for all of them: nothing of Python between
+their parts). Whatever is replaced is compared with the original at load (see ``loading`` and ``group``).
 """
 
 from __future__ import annotations
@@ -135,65 +135,77 @@ class RMSNorm(nn.Module):
         return ops.rms_norm(x, self.weight, self.eps, self.offset)
 
 
-class FusedLayer(nn.Module):
-    """A Llama-shaped decoder layer as one operator; takes the arguments transformers' model passes to its layers."""
+_Tensors = list[torch.Tensor]
+_Weights = tuple[
+    _Tensors, _Tensors, _Tensors, _Tensors, _Tensors, _Tensors, _Tensors, _Tensors, _Tensors, _Tensors
+]  # those of ``ops.decoder_layers``, in its order
 
-    def __init__(self, layer: Any, name: str, layer_idx: int, quantization: Quantization | None = None) -> None:
+
+class FusedLayers(nn.Module):
+    """All the Llama-shaped decoder layers of a model as one operator, in the place of the first of them.
+
+    It takes the arguments that transformers' model passes to a layer.
+    """
+
+    def __init__(self, layers: nn.ModuleList, path: str, quantization: Quantization | None = None) -> None:
         super().__init__()
-        attention, mlp = layer.self_attn, layer.mlp
-        self.layer_idx = layer_idx
-        self.head_dim = attention.head_dim
-        self.num_heads = attention.q_proj.weight.shape[0] // self.head_dim
-        self.num_kv_heads = attention.k_proj.weight.shape[0] // self.head_dim
-        self.scale = attention.scaling
-        self.norm1 = _rms_norm(layer.input_layernorm)
-        self.norm2 = _rms_norm(layer.post_attention_layernorm)
-        self.q_norm = _rms_norm(attention.q_norm).weight if hasattr(attention, "q_norm") else None
-        self.k_norm = _rms_norm(attention.k_norm).weight if hasattr(attention, "k_norm") else None
-        self.activation = _ACTIVATIONS[_activation_name(mlp)]
-        self.intermediate = mlp.gate_proj.weight.shape[0]
-        self.qkv = _pack(attention, f"{name}.self_attn", MERGED[0], quantization)
-        self.o = _pack(attention, f"{name}.self_attn", ("o_proj",), quantization)
-        self.gate_up = _pack(mlp, f"{name}.mlp", MERGED[1], quantization, ops.pack_gate_up)
-        self.down = _pack(mlp, f"{name}.mlp", ("down_proj",), quantization)
-        self._lora: list[torch.Tensor] = []
-        # Laid ready, so that a step looks up none of them through ``nn.Module``.
-        self._weights = (
-            self.norm1.weight,
-            self.norm2.weight,
-            self.qkv.packed,
-            self.qkv.bias,
-            self.o.packed,
-            self.o.bias,
-            self.gate_up.packed,
-            self.down.packed,
-            self.q_norm,
-            self.k_norm,
-        )
+        every = list[Any](layers)
+        first = every[0]
+        attention = first.self_attn
+        head_dim = attention.head_dim
+        norms = [(_rms_norm(layer.input_layernorm), _rms_norm(layer.post_attention_layernorm)) for layer in every]
         self._numbers = (
-            self.num_heads,
-            self.num_kv_heads,
-            self.head_dim,
-            self.intermediate,
-            self.norm1.eps,
-            self.norm1.offset,
-            self.scale,
-            self.activation,
+            attention.q_proj.weight.shape[0] // head_dim,
+            attention.k_proj.weight.shape[0] // head_dim,
+            head_dim,
+            first.mlp.gate_proj.weight.shape[0],
+            norms[0][0].eps,
+            norms[0][0].offset,
+            attention.scaling,
+            _ACTIVATIONS[_activation_name(first.mlp)],
         )
-        self._scales = [linear.scale for linear in self.linears if linear.scale is not None]
-
-    @property
-    def linears(self) -> tuple[PackedLinear, ...]:
-        return (self.qkv, self.o, self.gate_up, self.down)
+        q_norm, k_norm = (
+            [_rms_norm(getattr(layer.self_attn, name)).weight for layer in every] if hasattr(attention, name) else []
+            for name in ("q_norm", "k_norm")
+        )
+        linears: list[PackedLinear] = []
+        for index, layer in enumerate(every):
+            attention, mlp = layer.self_attn, layer.mlp
+            at_attention, at_mlp = f"{path}.{index}.self_attn", f"{path}.{index}.mlp"
+            linears += [
+                _pack(attention, at_attention, MERGED[0], quantization),
+                _pack(attention, at_attention, ("o_proj",), quantization),
+                _pack(mlp, at_mlp, MERGED[1], quantization, ops.pack_gate_up),
+                _pack(mlp, at_mlp, ("down_proj",), quantization),
+            ]
+        #: qkv, o, gate_up and down of each layer.
+        self.linears = nn.ModuleList(linears)
+        qkv, o, gate_up, down = (linears[part::4] for part in range(4))
+        # Laid ready, so that a step looks up none of them through ``nn.Module``.
+        self._weights: _Weights = (
+            [norm.weight for norm, _ in norms],
+            [norm.weight for _, norm in norms],
+            [linear.packed for linear in qkv],
+            [linear.bias for linear in qkv if linear.bias is not None],
+            [linear.packed for linear in o],
+            [linear.bias for linear in o if linear.bias is not None],
+            [linear.packed for linear in gate_up],
+            [linear.packed for linear in down],
+            q_norm,
+            k_norm,
+        )
+        self._scales = [linear.scale for linear in linears if linear.scale is not None]
+        self._lora: list[torch.Tensor] = []
 
     def collect_lora(self) -> None:
-        """Take up the adapters that were put into the linears; zeros where an adapter leaves a linear alone."""
-        if all(linear.lora_a is None for linear in self.linears):
+        """Take up the adapters that were put into the linears; zeros where they leave one alone, of whichever layer."""
+        linears = list[Any](self.linears)
+        if all(linear.lora_a is None for linear in linears):
             return
-        count = next(linear.lora_a for linear in self.linears if linear.lora_a is not None).shape[0]
+        count = next(linear.lora_a for linear in linears if linear.lora_a is not None).shape[0]
         self._lora = []
-        for linear in self.linears:
-            if linear.lora_a is None or linear.lora_b is None:
+        for linear in linears:
+            if linear.lora_a is None:
                 a = linear.packed.new_zeros(count, len(linear.segments), linear.in_features, dtype=linear.dtype)
                 b = linear.packed.new_zeros(count, linear.out_features, 1, dtype=linear.dtype)
                 linear.lora_a, linear.lora_b = ops.pack_lora(a, b)
@@ -208,15 +220,15 @@ class FusedLayer(nn.Module):
     ) -> torch.Tensor:
         forward = current_forward()
         cos, sin = position_embeddings
-        out = ops.decoder_layer(
+        out = ops.decoder_layers(
             hidden_states[0],
             cos[0],
             sin[0],
             *self._weights,
             self._lora if forward.adapter is not None else [],
             forward.adapter,
-            forward.k_cache[self.layer_idx],
-            forward.v_cache[self.layer_idx],
+            forward.k_cache,
+            forward.v_cache,
             forward.query_start,
             forward.context_len,
             forward.block_table,
@@ -224,6 +236,14 @@ class FusedLayer(nn.Module):
             self._scales,
         )
         return out.unsqueeze(0)
+
+
+def _can_be_fused(layer: Any) -> bool:
+    return (
+        type(layer).__name__ in FUSED_LAYERS
+        and _activation_name(layer.mlp) in _ACTIVATIONS
+        and layer.mlp.gate_proj.bias is None
+    )
 
 
 def _activation_name(mlp: Any) -> str:
@@ -285,10 +305,8 @@ def make_fast(
     """Replace what can be made fast inside ``decoder``, whose module path in the full model is ``root``."""
     if fuse_layers:
         layers = getattr(decoder, "layers", None)
-        if layers is not None and len(layers) > 0 and type(layers[0]).__name__ in FUSED_LAYERS:
-            for index, layer in enumerate(layers):
-                if _activation_name(layer.mlp) in _ACTIVATIONS and layer.mlp.gate_proj.bias is None:
-                    layers[index] = FusedLayer(layer, f"{root}.layers.{index}", index, quantization)
+        if layers is not None and len(layers) > 0 and all(_can_be_fused(layer) for layer in layers):
+            decoder.layers = nn.ModuleList([FusedLayers(layers, f"{root}.layers", quantization)])
     _make_leaves_fast(decoder, root, quantization)
 
 
@@ -310,7 +328,7 @@ def rounded_weights(decoder: nn.Module, head: Any) -> Iterator[None]:
 
 
 def _make_leaves_fast(module: nn.Module, path: str, quantization: Quantization | None) -> None:
-    if isinstance(module, FusedLayer | PackedLinear):
+    if isinstance(module, FusedLayers | PackedLinear):
         return
     for names in MERGED:
         if all(_is_linear(getattr(module, name, None)) for name in names):

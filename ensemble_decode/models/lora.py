@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ensemble_decode import ops
-from ensemble_decode.models.fast import FusedLayer, PackedLinear, packed_linears
+from ensemble_decode.models.fast import FusedLayers, PackedLinear, packed_linears
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -111,7 +111,7 @@ def put_adapters(decoder: torch.nn.Module, adapters: list[Adapter]) -> None:
     for linear in packed_linears(decoder):
         _put(linear, adapters, rank, placed)
     for module in decoder.modules():
-        if isinstance(module, FusedLayer):
+        if isinstance(module, FusedLayers):
             module.collect_lora()
     for adapter, names in zip(adapters, placed, strict=True):
         if rest := sorted(set(adapter.weights) - names):

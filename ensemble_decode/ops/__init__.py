@@ -1,7 +1,7 @@
 """Operators: one file each, with its docstring, schema, fake and dispatch; `reference` defines them all."""
 
 from . import reference, reference_layers
-from .decoder_layer import decoder_layer, pack_gate_up
+from .decoder_layers import decoder_layers, pack_gate_up
 from .ensemble_sample import EnsembleSample, combine, ensemble_logprob, ensemble_sample
 from .linear import dequantize, linear, pack_int8, pack_weight, quantize_int8
 from .lora import lora_, pack_lora
@@ -12,7 +12,7 @@ from .threads import num_threads, set_num_threads
 __all__ = [
     "EnsembleSample",
     "combine",
-    "decoder_layer",
+    "decoder_layers",
     "dequantize",
     "ensemble_logprob",
     "ensemble_sample",

@@ -64,7 +64,7 @@ def pack_weight(weight: Tensor) -> Tensor:
 def pack_int8(weight: Tensor, pack: Callable[[Tensor], Tensor] = pack_weight) -> tuple[Tensor, Tensor]:
     """Quantizes a weight matrix and packs it: (packed, scale) for :func:`linear`.
 
-    ``pack`` arranges rows, :func:`pack_weight` or :func:`~ensemble_decode.ops.decoder_layer.pack_gate_up`; the scales
+    ``pack`` arranges rows, :func:`pack_weight` or :func:`~ensemble_decode.ops.decoder_layers.pack_gate_up`; the scales
     follow the packed columns.
     """
     quantized, scale = quantize_int8(weight)

@@ -34,7 +34,7 @@ def pack_lora(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     Returns
     -------
     tuple of Tensor
-        (a, b) for :func:`lora_` and for the ``lora`` of :func:`~ensemble_decode.ops.decoder_layer.decoder_layer`.
+        (a, b) for :func:`lora_` and for the ``lora`` of :func:`~ensemble_decode.ops.decoder_layers.decoder_layers`.
     """
     if not library.packs(b):
         return a.detach().contiguous(), b.detach().contiguous()

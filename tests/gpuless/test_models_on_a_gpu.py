@@ -20,7 +20,7 @@ from tests.ops.cpu import needs_library
 
 from .standin import planned, standing_in
 
-OPERATORS = ("paged_attention", "linear", "lora_", "rms_norm", "decoder_layer")
+OPERATORS = ("paged_attention", "linear", "lora_", "rms_norm", "decoder_layers")
 
 
 @needs_library

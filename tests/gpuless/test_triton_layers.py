@@ -14,7 +14,7 @@ pytest.importorskip("greenlet", reason="needs greenlet")
 from ensemble_decode.kernels import activation, decoder_layer, lora, rms_norm, rotary
 from ensemble_decode.ops import pack_lora, reference_layers
 from tests.ops.cpu import DTYPES, ROUNDING, needs_library, random, relative_error
-from tests.ops.test_decoder_layer import FAMILIES, TOLERANCE, Layer
+from tests.ops.test_decoder_layers import FAMILIES, TOLERANCE, Layer
 from tests.ops.test_lora import CASES, make, merged
 
 from .aot import compile_call, resources, sass, uses_fp64
@@ -135,10 +135,10 @@ def test_operators_are_well_behaved_through_the_dispatcher() -> None:
         layer = Layer.make("llama")
         caches, table = layer.paging([4], torch.float32)
         arguments = layer.arguments(random(4, 48), [4], [4], tuple(c.zero_() for c in caches), table)
-        names = [argument.name for argument in ops.decoder_layer.default._schema.arguments]
+        names = [argument.name for argument in ops.decoder_layers.default._schema.arguments]
         utilities = ("test_schema", "test_faketensor")
         torch.library.opcheck(
-            ops.decoder_layer, tuple(arguments[name] for name in names), test_utils=utilities, rtol=1e-4, atol=1e-4
+            ops.decoder_layers, tuple(arguments[name] for name in names), test_utils=utilities, rtol=1e-4, atol=1e-4
         )
         torch.library.opcheck(ops.rms_norm, (x, random(x.shape[1]), 1e-5, 0.0), test_utils=utilities)
         torch.library.opcheck(ops.lora_, (y, x, a, b, adapter, segments), test_utils=utilities)

@@ -171,8 +171,8 @@ def test_a_model_whose_fast_path_is_wrong_is_refused(models: Models, monkeypatch
     """The check at load can fail: break the rotary embedding of the fused layer and it does."""
     from ensemble_decode import ops
 
-    whole = ops.decoder_layer
-    monkeypatch.setattr(ops, "decoder_layer", lambda hidden, cos, sin, *rest: whole(hidden, cos, -sin, *rest))
+    whole = ops.decoder_layers
+    monkeypatch.setattr(ops, "decoder_layers", lambda hidden, cos, sin, *rest: whole(hidden, cos, -sin, *rest))
     refused(models.model("llama"), "differ from transformers'")
 
 

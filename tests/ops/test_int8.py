@@ -1,11 +1,13 @@
 """int8 weights mean the matrix that they stand for: everything here is held against the dequantized weights."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from ensemble_decode.ops import (
-    decoder_layer,
+    decoder_layers,
     dequantize,
     library,
     linear,
@@ -26,7 +28,7 @@ from .cpu import (
     threads,
     variant,
 )
-from .test_decoder_layer import TOLERANCE, Layer
+from .test_decoder_layers import TOLERANCE, Layer
 
 __all__ = ["variant"]
 SHAPES = [(33, 7), (160, 64), (50, 65), (32, 1)]  # (N, K): odd, whole groups, odd K, one step
@@ -69,7 +71,7 @@ def test_a_row_does_not_depend_on_the_others(variant: str, dtype: torch.dtype) -
 class Int8Layer(Layer):
     """The operator reads int8 weights, transformers' module has what they stand for."""
 
-    def weights(self) -> dict[str, object]:
+    def weights(self) -> dict[str, Any]:
         attention, mlp = self.module.self_attn, self.module.mlp
         parts = {
             "qkv": torch.cat([x.weight for x in (attention.q_proj, attention.k_proj, attention.v_proj)]),
@@ -120,6 +122,24 @@ def test_layer_with_adapters_is_batch_invariant(variant: str, dtype: torch.dtype
 
 
 @needs_library
+def test_layers_of_one_call_equal_one_call_each(variant: str) -> None:
+    torch.manual_seed(0)
+    layers, x = [Int8Layer.make("llama") for _ in range(3)], random(9, 48)
+    one_by_one, calls = x, []
+    for layer in layers:
+        caches, _ = layer.paging([9], torch.float32)
+        calls.append(layer.arguments(one_by_one, [9], [9], caches, torch.zeros(1, 1, dtype=torch.int32)))
+        one_by_one = decoder_layers(**calls[-1])
+    together = {
+        name: [x for call in calls for x in call[name]] if isinstance(value, list) else value
+        for name, value in calls[0].items()
+    }
+    for count in (1, 2, 5):
+        with threads(count):
+            assert torch.equal(decoder_layers(**together), one_by_one)
+
+
+@needs_library
 def test_adapters_are_not_scaled() -> None:
     torch.manual_seed(0)
     layer, x = Int8Layer.make("llama"), random(19, 48)
@@ -141,8 +161,8 @@ def test_says_what_does_not_fit() -> None:
         linear(random(1, 16), packed, None, 40)
     layer = Int8Layer.make("llama")
     good = layer.arguments(random(4, 48), [4], [4], *layer.paging([4], torch.float32))
-    with pytest.raises(RuntimeError, match="scales has 1 tensors, it must have 0, or 4"):
-        decoder_layer(**{**good, "scales": good["scales"][:1]})
+    with pytest.raises(RuntimeError, match="scales has 1 tensors, it must have 0 or 4"):
+        decoder_layers(**{**good, "scales": good["scales"][:1]})
 
 
 @needs_library

@@ -1,9 +1,19 @@
 import pytest
 import torch
 
-from ensemble_decode.ops import library, linear, pack_weight, reference_layers
+from ensemble_decode.ops import library, linear, pack_int8, pack_weight, reference_layers
 
-from .cpu import DTYPES, ROUNDING, SUM_ERROR, needs_library, on_one_and_two_threads, random, relative_error, variant
+from .cpu import (
+    DTYPES,
+    ROUNDING,
+    SUM_ERROR,
+    needs_library,
+    on_one_and_two_threads,
+    random,
+    relative_error,
+    threads,
+    variant,
+)
 
 __all__ = ["variant"]
 SHAPES = [(33, 7), (160, 64), (50, 65), (32, 1)]  # (N, K): odd, whole groups, odd K, one step
@@ -32,6 +42,21 @@ def test_a_row_does_not_depend_on_the_others(variant: str, dtype: torch.dtype) -
     for first, last in [(0, 1), (7, 8), (199, 200), (3, 8), (90, 103), (0, 113), (96, 200)]:
         part = on_one_and_two_threads(lambda first=first, last=last: linear(x[first:last], packed, None, 300, True))
         assert torch.equal(part, batch[first:last])
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int8], ids=str)
+def test_who_computes_what_does_not_matter(variant: str, dtype: torch.dtype) -> None:
+    """Pairs of groups, uneven tiles, several blocks of rows; threads with an odd share, and more of them than groups."""
+    weight = random(330, 300, dtype=torch.bfloat16 if dtype == torch.int8 else dtype)
+    packed, scale = pack_int8(weight) if dtype == torch.int8 else (pack_weight(weight), None)
+    x = random(192, 300, dtype=weight.dtype)
+    with threads(1):
+        batch = linear(x, packed, None, 330, True, scale)
+    for rows in (1, 2, 3, 4, 8, 9, 96, 97, 192):
+        for count in (1, 2, 5, 16):
+            with threads(count):
+                assert torch.equal(linear(x[-rows:], packed, None, 330, True, scale), batch[-rows:])
 
 
 @needs_library

@@ -1,4 +1,5 @@
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from ensemble_decode.ops import decoder_layer, library, new_caches, pack_gate_up, pack_lora, pack_weight
+from ensemble_decode.ops import decoder_layers, library, new_caches, pack_gate_up, pack_lora, pack_weight
 from ensemble_decode.ops.paged_attention import BLOCK_SIZE
 
 from .cpu import DTYPES, needs_library, random, relative_error, threads, variant
@@ -69,7 +70,7 @@ class Layer:
         )
         return (out[0] if isinstance(out, tuple) else out).view(tokens, -1)
 
-    def weights(self) -> dict[str, object]:
+    def weights(self) -> dict[str, Any]:
         attention, mlp = self.module.self_attn, self.module.mlp
         parts = (attention.q_proj, attention.k_proj, attention.v_proj)
         return {
@@ -98,17 +99,18 @@ class Layer:
         attention, norm = self.module.self_attn, self.module.input_layernorm
         position = torch.cat([torch.arange(n - c, n) for c, n in zip(counts, lengths, strict=True)])[None]
         cos, sin = self.rotary(hidden[None], position)
-        weights = self.weights()
+        found = self.weights()
+        scales = found.pop("scales", [])
+        weights = {name: [] if x is None else [x] for name, x in found.items()}
         return {
             "hidden": hidden,
             "cos": cos[0],
             "sin": sin[0],
-            **{k: weights.pop(k) for k in ("norm1", "norm2")},
             **weights,
             "lora": self.lora if adapter is not None else [],
             "adapter": adapter,
-            "k_cache": caches[0],
-            "v_cache": caches[1],
+            "k_cache": [caches[0]],
+            "v_cache": [caches[1]],
             "query_start": torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32),
             "context_len": torch.tensor(lengths, dtype=torch.int32),
             "block_table": table,
@@ -120,7 +122,7 @@ class Layer:
             "weight_offset": self.offset,
             "scale": attention.scaling,
             "activation": self.activation,
-            "scales": weights.pop("scales", []),
+            "scales": scales,
         }
 
     def paging(self, lengths: list[int], dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor], Tensor]:
@@ -140,7 +142,7 @@ class Layer:
         adapter = None
         if adapters is not None:
             adapter = torch.tensor(adapters, dtype=torch.int32).repeat_interleave(torch.tensor(lengths))
-        out = decoder_layer(**self.arguments(torch.cat(sequences), lengths, lengths, caches, table, adapter))
+        out = decoder_layers(**self.arguments(torch.cat(sequences), lengths, lengths, caches, table, adapter))
         return list(out.split(lengths))
 
     def add_lora(self, dtype: torch.dtype, count: int = 2, rank: int = 4) -> list[list[Tensor]]:
@@ -241,8 +243,44 @@ def test_batch_threads_and_chunks_do_not_change_a_bit(variant: str, dtype: torch
             rows = slice(done - count, done)
             chosen = torch.full((count,), adapter, dtype=torch.int32)
             with threads(1 + count % 2):
-                out = decoder_layer(**layer.arguments(x[rows], [count], [done], caches, table, chosen))
+                out = decoder_layers(**layer.arguments(x[rows], [count], [done], caches, table, chosen))
             assert torch.equal(out, together[rows])
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", ["llama with biases and exact gelu", "qwen3"])
+def test_layers_of_one_call_equal_one_call_each(variant: str, family: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layers = [Layer.make(family, dtype) for _ in range(5)]
+    for layer, rank in zip(layers, (4, 4, 2, 6, 4), strict=True):
+        layer.add_lora(dtype, rank=rank)
+    lengths = [1, 40, 3]
+    hidden = torch.cat([random(n, 48, dtype=dtype) for n in lengths])
+    adapter = torch.tensor([1, -1, 0], dtype=torch.int32).repeat_interleave(torch.tensor(lengths))
+    for count in (1, 2, 5):
+        one_by_one, calls = hidden, []
+        for layer in layers:
+            caches, table = layer.paging(lengths, dtype)
+            calls.append(
+                layer.arguments(
+                    one_by_one, lengths, lengths, caches, calls[0]["block_table"] if calls else table, adapter
+                )
+            )
+            with threads(count):
+                one_by_one = decoder_layers(**calls[-1])
+        together = dict(calls[0])
+        written = [(call["k_cache"][0].clone(), call["v_cache"][0].clone()) for call in calls]
+        for name, value in together.items():
+            if isinstance(value, list):
+                together[name] = [x for call in calls for x in call[name]]
+        for cache in (*together["k_cache"], *together["v_cache"]):
+            cache.fill_(float("nan"))
+        with threads(count):
+            assert torch.equal(decoder_layers(**together), one_by_one)
+        for (k, v), call in zip(written, calls, strict=True):
+            assert torch.equal(call["k_cache"][0].nan_to_num(7.0), k.nan_to_num(7.0))
+            assert torch.equal(call["v_cache"][0].nan_to_num(7.0), v.nan_to_num(7.0))
 
 
 @needs_library
@@ -251,16 +289,22 @@ def test_says_what_does_not_fit() -> None:
     caches, table = layer.paging([4], torch.float32)
     good = layer.arguments(random(4, 48), [4], [4], caches, table)
     for change, message in (
+        ({"down": good["o"] * 2}, "down has 2 tensors, it must have 1"),
+        ({"k_cache": []}, "k_cache has 0 tensors, it must have 1"),
+        ({"q_norm": good["norm1"] * 2}, "q_norm has 2 tensors, it must have 0 or 1"),
         ({"down": good["o"]}, r"down is \[2, 96, 32\], it must be \[2, 88, 32\]"),
-        ({"norm1": random(47)}, r"norm1 is \[47\], it must be \[48\]"),
+        ({"norm1": [random(47)]}, r"norm1 is \[47\], it must be \[48\]"),
         ({"activation": 3}, r"activation is 3, it must be 0 \(silu\)"),
         ({"cos": random(3, 16)}, r"cos is \[3, 16\], it must be \[4, 16\]"),
         ({"block_table": table + 9}, r"block_table\[0, 0\] is 9, it must be a block below 1"),
-        ({"lora": [random(1)], "adapter": torch.zeros(4, dtype=torch.int32)}, "lora has 1 tensors"),
+        (
+            {"lora": [random(1)], "adapter": torch.zeros(4, dtype=torch.int32)},
+            "lora has 1 tensors, it must have 0 or 8",
+        ),
         ({"hidden": random(4, 48, dtype=torch.float16)}, "has another dtype"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            decoder_layer(**{**good, **change})
+            decoder_layers(**{**good, **change})
 
 
 @needs_library
@@ -268,8 +312,24 @@ def test_is_a_well_behaved_operator() -> None:
     layer = Layer.make("llama")
     caches, table = layer.paging([4], torch.float32)
     arguments = layer.arguments(random(4, 48), [4], [4], tuple(x.zero_() for x in caches), table)
-    order = [a.name for a in torch.ops.ensemble_decode.decoder_layer.default._schema.arguments]
-    torch.library.opcheck(torch.ops.ensemble_decode.decoder_layer, tuple(arguments[name] for name in order))
+    order = [a.name for a in torch.ops.ensemble_decode.decoder_layers.default._schema.arguments]
+    torch.library.opcheck(torch.ops.ensemble_decode.decoder_layers, tuple(arguments[name] for name in order))
+
+
+@needs_library
+def test_says_what_does_not_fit_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Layer.make("llama")
+    caches, table = layer.paging([4], torch.float32)
+    good = layer.arguments(random(4, 48), [4], [4], caches, table)
+    monkeypatch.setattr(library, "available", False)
+    for change, message in (
+        ({"down": good["o"] * 2}, "down has 2 tensors, it must have 1"),
+        ({"norm1": []}, "norm1 has 0 tensors, it must have one for each layer"),
+        ({"qkv_bias": good["norm1"] * 2}, "qkv_bias has 2 tensors, it must have 0 or 1"),
+        ({"scales": good["norm1"]}, "scales has 1 tensors, it must have 0 or 4"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            decoder_layers(**{**good, **change})
 
 
 def test_works_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:

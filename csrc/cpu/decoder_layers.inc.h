@@ -1,4 +1,5 @@
-// One pre-norm decoder layer in one parallel region: the phases of the operators beside it, with barriers between.
+// The pre-norm decoder layers of a model in one parallel region: the phases of the operators beside it, with barriers
+// between.
 //
 // Everything between two roundings that the layer's own structure asks for (the inputs of linears, what the cache
 // stores) stays in float32; the residual is rounded to the element type at the end of the layer.
@@ -28,16 +29,15 @@ static inline void rotate(float* head, const float* cos, const float* sin, int64
 
 constexpr int64_t kMaxHeadDim = 1024;
 
+// What the layers of a call have in common: sizes, and scratch memory for the inputs of the four linears, the low-rank
+// products, and what stays in float32.
 template <typename T>
-struct Layer {
-  const LayerArgs& args;
-  const Paging& paging;
+struct Scratch {
+  enum { kNorm1, kRotary, kAttention, kLowO = kAttention + 2, kNorm2, kLowDown, kLinears };
   int64_t rows, width, q_width, kv_width, intermediate, low_stride;
+  int num_counters;  // those above, then one a thread for each linear
   AttentionPlan plan;
-
-  // Scratch: inputs of the four linears, the low-rank products, and what stays in float32.
-  enum { kNorm1, kQkv, kRotary, kAttention, kLowO = kAttention + 2, kO, kNorm2, kGateUp, kLowDown, kDown, kCounters };
-  Counter* counters;
+  Counter* counters;  // of layers with an even number, then of the others
   TokenPlace* places;
   Input<T>*normed, *attended, *product, *low;
   float *qkv, *residual;
@@ -45,22 +45,26 @@ struct Layer {
   char* attention_memory;
   int64_t attention_bytes;
 
-  Layer(const LayerArgs& a, int64_t* first_item, int threads) : args(a), paging(a.paging) {
+  Scratch(const LayerArgs* layers, int64_t count, int64_t* first_item, int threads) {
+    const Paging& paging = layers->paging;
     rows = paging.num_tokens;
-    width = args.width;
+    width = layers->width;
     q_width = paging.num_heads * paging.head_dim;
     kv_width = paging.num_kv_heads * paging.head_dim;
-    intermediate = args.intermediate;
+    intermediate = layers->intermediate;
     low_stride = 0;
-    for (int i = 0; args.lora && i < 4; i++) {
-      int64_t stride = lora_low_stride<T>(args.lora[i]);
-      low_stride = stride > low_stride ? stride : low_stride;
+    for (const LayerArgs* layer = layers; layer < layers + count; layer++) {
+      for (int i = 0; layer->lora && i < 4; i++) {
+        int64_t stride = lora_low_stride<T>(layer->lora[i]);
+        low_stride = stride > low_stride ? stride : low_stride;
+      }
     }
     plan = plan_attention(paging, first_item, threads);
     attention_bytes = attention_scratch_bytes<T>(paging.head_dim);
+    num_counters = kLinears + 4 * threads;
     Carver carver{nullptr, 0};
     for (int pass = 0; pass < 2; pass++) {
-      counters = carver.take<Counter>(kCounters);
+      counters = carver.take<Counter>(2 * num_counters);
       places = carver.take<TokenPlace>(rows);
       normed = carver.take<Input<T>>(rows * input_stride<T>(width));
       attended = carver.take<Input<T>>(rows * input_stride<T>(q_width));
@@ -74,10 +78,43 @@ struct Layer {
       plan.sums = carver.take<float>(plan.by_split ? plan.items * plan.rows_per_item * plan.stride : 0);
       if (pass == 0) carver = {static_cast<char*>(workspace(static_cast<size_t>(carver.used))), 0};
     }
-    __builtin_memset(counters, 0, kCounters * sizeof(Counter));
+    __builtin_memset(counters, 0, 2 * static_cast<size_t>(num_counters) * sizeof(Counter));
     if (width % 2 || q_width % 2 || intermediate % 2)  // what pads the last step of two must be zero
       __builtin_memset(normed, 0, static_cast<size_t>(reinterpret_cast<char*>(qkv) - reinterpret_cast<char*>(normed)));
     place_tokens(paging, places);
+  }
+};
+
+// One layer, as one thread sees it.
+template <typename T>
+struct Layer : Scratch<T> {
+  using S = Scratch<T>;
+  using S::attended, S::attention_bytes, S::attention_memory, S::counters, S::intermediate, S::kv_width, S::low,
+      S::low_stride, S::normed, S::places, S::plan, S::product, S::q, S::q_width, S::qkv, S::residual, S::rows, S::width;
+  using S::kAttention, S::kLinears, S::kLowDown, S::kLowO, S::kNorm1, S::kNorm2, S::kRotary;
+  const LayerArgs& args;
+  const LayerArgs* next;  // the layer that comes then, or null
+  const Paging& paging;
+  const T* hidden;
+  T* out;
+
+  Layer(const Scratch<T>& scratch, const LayerArgs& a, const LayerArgs* after, const T* input, T* output, Counter* own)
+      : Scratch<T>(scratch), args(a), next(after), paging(a.paging), hidden(input), out(output) {
+    counters = own;
+    plan.paging = &paging;  // this layer's caches
+  }
+
+  struct Linear {
+    const void* packed;
+    int64_t in_features, out_features;
+  };
+  Linear linear(const LayerArgs& layer, int which) const {
+    switch (which) {
+      case 0: return {layer.qkv, width, q_width + 2 * kv_width};
+      case 1: return {layer.o, q_width, width};
+      case 2: return {layer.gate_up, width, (intermediate + 15) / 16 * kTileColumns};
+      default: return {layer.down, intermediate, width};
+    }
   }
 
   // f(first, last) for shares of the rows.
@@ -87,57 +124,66 @@ struct Layer {
     while (take(counters[counter], rows, team.size, begin, end)) f(begin, end);
   }
 
-  void low_products(int linear, int64_t first, int64_t last, const Input<T>* x, int64_t in_features) {
+  void low_products(int which, int64_t first, int64_t last, const Input<T>* x, int64_t in_features) {
     if (args.lora)
-      lora_down<T>(args.lora[linear], args.adapter, first, last, x, input_stride<T>(in_features), low, low_stride);
+      lora_down<T>(args.lora[which], args.adapter, first, last, x, input_stride<T>(in_features), low, low_stride);
   }
 
   // Adds the adapters' part to the sixteen columns of a tile at `sums`, which are the linear's from `column` on.
-  void add_adapters(int linear, const Tile& tile, int64_t column, int64_t count, float* sums) const {
+  void add_adapters(int which, const Tile& tile, int64_t column, int64_t count, float* sums) const {
     if (args.lora)
-      lora_up<T>(args.lora[linear], args.adapter, tile.row, tile.row + tile.rows, low, low_stride, column, count, sums,
+      lora_up<T>(args.lora[which], args.adapter, tile.row, tile.row + tile.rows, low, low_stride, column, count, sums,
                  kTileColumns);
   }
 
   // The tiles of one linear, whose weights are T or, where they have scales, int8.
   template <typename Finish>
-  void multiply(Team& team, int counter, int linear, const Input<T>* x, int64_t in_features, const void* packed,
-                int64_t out_features, const Finish& finish) {
-    const float* scale = args.scales[linear];
-    int64_t stride = input_stride<T>(in_features);
-    if (scale)
-      linear_phase(team, counters[counter], x, stride, rows, static_cast<const Int8<T>*>(packed), scale, in_features,
-                   out_features, finish);
+  void multiply(Team& team, int which, const Input<T>* x, const Finish& finish) {
+    if (args.scales[which])
+      multiply_by<Int8<T>>(team, which, x, finish);
     else
-      linear_phase(team, counters[counter], x, stride, rows, static_cast<const T*>(packed), scale, in_features,
-                   out_features, finish);
+      multiply_by<T>(team, which, x, finish);
+  }
+
+  template <typename Weight, typename Finish>
+  void multiply_by(Team& team, int which, const Input<T>* x, const Finish& finish) {
+    Linear now = linear(args, which);
+    const LayerArgs* after = which < 3 ? &args : next;
+    const Weight* then = nullptr;
+    if (after) {
+      Linear l = linear(*after, (which + 1) % 4);
+      then = first_group(team, static_cast<const Weight*>(l.packed), rows, l.in_features, l.out_features);
+    }
+    linear_phase<Weight>(team, counters + kLinears + which * team.size, x, input_stride<T>(now.in_features), rows,
+                         static_cast<const Weight*>(now.packed), args.scales[which], now.in_features, now.out_features, then,
+                         finish);
   }
 
   // One linear, each sixteen of its outputs given to done(row, column, count, sums).
   template <typename Done>
-  void project(Team& team, int counter, int linear, const Input<T>* x, int64_t in_features, const void* packed,
-               const void* bias, int64_t out_features, const Done& done) {
+  void project(Team& team, int which, const Input<T>* x, const void* bias, const Done& done) {
+    int64_t out_features = linear(args, which).out_features;
     auto finish = [&](const Tile& tile) {
       int64_t last = tile.column + kTileColumns < out_features ? tile.column + kTileColumns : out_features;
       for (int64_t c = tile.column; c < last; c += 16) {
         float* sums = tile.sums + c - tile.column;
-        add_adapters(linear, tile, c, last - c, sums);
+        add_adapters(which, tile, c, last - c, sums);
         V16 add = bias ? load_n(static_cast<const T*>(bias) + c, last - c) : zero();
         for (int r = 0; r < tile.rows; r++) done(tile.row + r, c, last - c, load(sums + r * kTileColumns) + add);
       }
     };
-    multiply(team, counter, linear, x, in_features, packed, out_features, finish);
+    multiply(team, which, x, finish);
   }
 
   // Normalises x, the hidden states or the residual, for the linear that comes next.
   template <typename In>
-  void norm(Team& team, int counter, const In* x, const void* weight, int linear) {
+  void norm(Team& team, int counter, const In* x, const void* weight, int which) {
     int64_t stride = input_stride<T>(width);
     each_share(team, counter, [&](int64_t first, int64_t last) {
       for (int64_t r = first; r < last; r++)
         rms_norm_row(x + r * width, static_cast<const T*>(weight), width, args.eps, args.weight_offset,
                      normed + r * stride);
-      low_products(linear, first, last, normed, width);
+      low_products(which, first, last, normed, width);
     });
   }
 
@@ -190,16 +236,14 @@ struct Layer {
         store_n(product + (tile.row + r) * stride + i, gated, count);
       }
     };
-    multiply(team, kGateUp, 2, normed, width, args.gate_up, (intermediate + 15) / 16 * kTileColumns, finish);
+    multiply(team, 2, normed, finish);
   }
 
   void run(Team& team) {
-    const T* hidden = static_cast<const T*>(args.hidden);
-    T* out = static_cast<T*>(args.out);
     int64_t qkv_width = q_width + 2 * kv_width, attended_stride = input_stride<T>(q_width);
     norm(team, kNorm1, hidden, args.norm1, 0);
     team.barrier();
-    project(team, kQkv, 0, normed, width, args.qkv, args.qkv_bias, qkv_width,
+    project(team, 0, normed, args.qkv_bias,
             [&](int64_t r, int64_t c, int64_t n, V16 sums) { store_n(qkv + r * qkv_width + c, sums, n); });
     team.barrier();
     each_share(team, kRotary, [&](int64_t first, int64_t last) {
@@ -213,7 +257,7 @@ struct Layer {
       each_share(team, kLowO, [&](int64_t first, int64_t last) { low_products(1, first, last, attended, q_width); });
       team.barrier();
     }
-    project(team, kO, 1, attended, q_width, args.o, args.o_bias, width,
+    project(team, 1, attended, args.o_bias,
             [&](int64_t r, int64_t c, int64_t n, V16 sums) {
               store_n(residual + r * width + c, load_n(hidden + r * width + c, n) + sums, n);
             });
@@ -227,19 +271,42 @@ struct Layer {
                  [&](int64_t first, int64_t last) { low_products(3, first, last, product, intermediate); });
       team.barrier();
     }
-    project(team, kDown, 3, product, intermediate, args.down, nullptr, width,
+    project(team, 3, product, nullptr,
             [&](int64_t r, int64_t c, int64_t n, V16 sums) {
               store_n(out + r * width + c, load_n(residual + r * width + c, n) + sums, n);
             });
   }
 };
 
+// Layers of one model: what they don't share are weights, adapters and caches. Each reads what the one before it wrote.
 template <typename T>
-static void decoder_layer(const LayerArgs& args) {
-  int64_t q_width = args.paging.num_heads * args.paging.head_dim;
-  int threads = threads_for(args.paging.num_tokens * args.width * (q_width + args.intermediate));
-  int64_t sequences = args.paging.num_sequences;
-  auto first_item = static_cast<int64_t*>(__builtin_alloca(static_cast<size_t>(sequences + 1) * sizeof(int64_t)));
-  Layer<T> layer(args, first_item, threads);
-  parallel(threads, [&](Team& team) { layer.run(team); });
+static void decoder_layers_of(const LayerArgs* layers, int64_t count) {
+  const Paging& paging = layers->paging;
+  int64_t q_width = paging.num_heads * paging.head_dim;
+  int threads = threads_for(paging.num_tokens * layers->width * (q_width + layers->intermediate));
+  auto first_item = static_cast<int64_t*>(__builtin_alloca(static_cast<size_t>(paging.num_sequences + 1) * sizeof(int64_t)));
+  Scratch<T> scratch(layers, count, first_item, threads);
+  parallel(threads, [&](Team& team) {
+    for (int64_t i = 0; i < count; i++) {
+      Counter* counters[2] = {scratch.counters, scratch.counters + scratch.num_counters};
+      if (i > 0) {
+        team.barrier();
+        // Every thread has left the layer before; its counters are the next one's.
+        size_t bytes = static_cast<size_t>(scratch.num_counters) * sizeof(Counter);
+        if (team.index == 0) __builtin_memset(counters[(i + 1) % 2], 0, bytes);
+      }
+      T* out = static_cast<T*>(layers->out);
+      const T* input = i == 0 ? static_cast<const T*>(layers->hidden) : out;
+      const LayerArgs* next = i + 1 < count ? layers + i + 1 : nullptr;
+      Layer<T>(scratch, layers[i], next, input, out, counters[i % 2]).run(team);
+    }
+  });
+}
+
+static void decoder_layers(const LayerArgs* layers, int64_t count) {
+  switch (layers->dtype) {
+    case DType::float32: return decoder_layers_of<float>(layers, count);
+    case DType::bfloat16: return decoder_layers_of<bfloat16>(layers, count);
+    case DType::float16: return decoder_layers_of<float16>(layers, count);
+  }
 }
