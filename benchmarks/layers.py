@@ -41,6 +41,7 @@ def medians(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[st
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(rounds + 1):
         for name, run in candidates.items():
+            time.sleep(0.05)  # an OpenMP worker of the one before spins for a while, on a core that this one needs
             start = time.perf_counter()
             run()
             if turn:  # the first turn warms up
