@@ -3,8 +3,8 @@
     python benchmarks/scale.py --json scale.json
 
 A step is one token for every row, at the given context. Its time doesn't depend on what the KV cache holds, so the
-prompts are not computed: their blocks are filled with random numbers. Memory is the bytes of the KV blocks in use, and the
-process's resident set at that point. What needs more than ``--kv-gib`` of cache is left out, with the bytes that it needs.
+prompts are not computed: their blocks are filled with random numbers. Memory is the bytes of the KV blocks in use, and what
+the process holds beside its KV cache (which is as large as the largest setting needs) at that point. What needs more than ``--kv-gib`` of cache is left out, with the bytes that it needs.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Cell:
 
     kv_mb: float
     step_ms: float | None = None  # None: the cache would be too large
-    resident_mb: float | None = None
+    other_mb: float | None = None  # resident, beside the cache
 
     @property
     def step(self) -> str:
@@ -107,8 +107,9 @@ def measure(settings: list[tuple[int, int]], steered: bool, args: argparse.Names
             cells.append(Cell(size / 1e6))
             continue
         times, used = step_times(llm, batch, context, float(steered), args.steps)
-        kv, resident = used * llm.ensemble.bytes_per_block / 1e6, psutil.Process().memory_info().rss / 1e6
-        cells.append(Cell(kv, statistics.median(times) * 1e3, resident))
+        cache = (llm.runner.num_blocks + 1) * llm.ensemble.bytes_per_block
+        other = (psutil.Process().memory_info().rss - cache) / 1e6
+        cells.append(Cell(used * llm.ensemble.bytes_per_block / 1e6, statistics.median(times) * 1e3, other))
         print(f"{'steered' if steered else 'target'} {batch} × {context}: {cells[-1].step} ms", file=sys.stderr)
     return cells
 
@@ -126,14 +127,14 @@ def main() -> None:
     target, steered = measure(settings, False, args), measure(settings, True, args)
     print(f"{args.dtype}, medians of {args.steps} steps\n")
     print(
-        "| batch | context | target alone, ms | steered, ms | ratio | KV, MB: target | steered | resident, MB: target | steered |"
+        "| batch | context | target alone, ms | steered, ms | ratio | KV, MB: target | steered | beside it, MB: target | steered |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for (batch, context), a, b in zip(settings, target, steered, strict=True):
         ratio = f"{b.step_ms / a.step_ms:.2f}" if a.step_ms and b.step_ms else "–"
-        resident = [f"{cell.resident_mb:.0f}" if cell.resident_mb else "–" for cell in (a, b)]
+        other = [f"{cell.other_mb:.0f}" if cell.other_mb else "–" for cell in (a, b)]
         print(
-            f"| {batch} | {context} | {a.step} | {b.step} | {ratio} | {a.kv_mb:.0f} | {b.kv_mb:.0f} | {' | '.join(resident)} |"
+            f"| {batch} | {context} | {a.step} | {b.step} | {ratio} | {a.kv_mb:.0f} | {b.kv_mb:.0f} | {' | '.join(other)} |"
         )
     if args.json:
         rows = [
