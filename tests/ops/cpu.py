@@ -11,6 +11,7 @@ from ensemble_decode.ops import library, num_threads, set_num_threads
 
 needs_library = pytest.mark.skipif(not library.available, reason="the compiled operators are not built")
 
+SHAPES = [(33, 7), (160, 64), (50, 65), (32, 1)]  # (N, K): odd, whole groups, odd K, one step
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Largest error relative to the largest output: of the sums in float32, and of an output rounded to each dtype.
 SUM_ERROR = 3e-6

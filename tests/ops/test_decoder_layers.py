@@ -179,6 +179,14 @@ class Layer:
         ]
 
 
+def in_one_call(calls: list[dict[str, Any]]) -> dict[str, Any]:
+    """The arguments of one call for the layers of several, whose first one's tokens it takes."""
+    return {
+        name: [x for call in calls for x in call[name]] if isinstance(value, list) else value
+        for name, value in calls[0].items()
+    }
+
+
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -269,11 +277,8 @@ def test_layers_of_one_call_equal_one_call_each(variant: str, family: str, dtype
             )
             with threads(count):
                 one_by_one = decoder_layers(**calls[-1])
-        together = dict(calls[0])
+        together = in_one_call(calls)
         written = [(call["k_cache"][0].clone(), call["v_cache"][0].clone()) for call in calls]
-        for name, value in together.items():
-            if isinstance(value, list):
-                together[name] = [x for call in calls for x in call[name]]
         for cache in (*together["k_cache"], *together["v_cache"]):
             cache.fill_(float("nan"))
         with threads(count):

@@ -20,6 +20,7 @@ from ensemble_decode.ops import (
 from .cpu import (
     DTYPES,
     ROUNDING,
+    SHAPES,
     SUM_ERROR,
     needs_library,
     on_one_and_two_threads,
@@ -28,10 +29,9 @@ from .cpu import (
     threads,
     variant,
 )
-from .test_decoder_layers import TOLERANCE, Layer
+from .test_decoder_layers import TOLERANCE, Layer, in_one_call
 
 __all__ = ["variant"]
-SHAPES = [(33, 7), (160, 64), (50, 65), (32, 1)]  # (N, K): odd, whole groups, odd K, one step
 ODD = {"hidden_size": 45, "intermediate_size": 51, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 22}
 
 
@@ -130,10 +130,7 @@ def test_layers_of_one_call_equal_one_call_each(variant: str) -> None:
         caches, _ = layer.paging([9], torch.float32)
         calls.append(layer.arguments(one_by_one, [9], [9], caches, torch.zeros(1, 1, dtype=torch.int32)))
         one_by_one = decoder_layers(**calls[-1])
-    together = {
-        name: [x for call in calls for x in call[name]] if isinstance(value, list) else value
-        for name, value in calls[0].items()
-    }
+    together = in_one_call(calls)
     for count in (1, 2, 5):
         with threads(count):
             assert torch.equal(decoder_layers(**together), one_by_one)

@@ -6,6 +6,7 @@ from ensemble_decode.ops import library, linear, pack_int8, pack_weight, referen
 from .cpu import (
     DTYPES,
     ROUNDING,
+    SHAPES,
     SUM_ERROR,
     needs_library,
     on_one_and_two_threads,
@@ -16,7 +17,6 @@ from .cpu import (
 )
 
 __all__ = ["variant"]
-SHAPES = [(33, 7), (160, 64), (50, 65), (32, 1)]  # (N, K): odd, whole groups, odd K, one step
 
 
 @needs_library
