@@ -59,7 +59,7 @@ Tensor decoder_layers(const Tensor& hidden, const Tensor& cos, const Tensor& sin
   check_count("lora", lora, 8 * count, true);
 
   LayerArgs common{};
-  common.dtype = dtype_of(op, "hidden", hidden);
+  DType element = dtype_of(op, "hidden", hidden);
   check_contiguous(op, "hidden", hidden);
   check(activation >= 0 && activation <= 2, op,
         "activation is ", activation, ", it must be 0 (silu), 1 (gelu_tanh) or 2 (gelu)");
@@ -131,7 +131,7 @@ Tensor decoder_layers(const Tensor& hidden, const Tensor& cos, const Tensor& sin
     const int32_t* rows = check_adapter(op, *adapter, tokens, num_adapters);
     for (LayerArgs& layer : layers) layer.adapter = rows;
   }
-  if (tokens > 0) kernels().decoder_layers(layers.data(), count);
+  if (tokens > 0) kernels().decoder_layers({element, layers.data(), count});
   return out;
 }
 }  // namespace

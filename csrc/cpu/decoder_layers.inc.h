@@ -280,7 +280,9 @@ struct Layer : Scratch<T> {
 
 // Layers of one model: what they don't share are weights, adapters and caches. Each reads what the one before it wrote.
 template <typename T>
-static void decoder_layers_of(const LayerArgs* layers, int64_t count) {
+static void decoder_layers(const LayersArgs& args) {
+  const LayerArgs* layers = args.layers;
+  int64_t count = args.count;
   const Paging& paging = layers->paging;
   int64_t q_width = paging.num_heads * paging.head_dim;
   int threads = threads_for(paging.num_tokens * layers->width * (q_width + layers->intermediate));
@@ -301,12 +303,4 @@ static void decoder_layers_of(const LayerArgs* layers, int64_t count) {
       Layer<T>(scratch, layers[i], next, input, out, counters[i % 2]).run(team);
     }
   });
-}
-
-static void decoder_layers(const LayerArgs* layers, int64_t count) {
-  switch (layers->dtype) {
-    case DType::float32: return decoder_layers_of<float>(layers, count);
-    case DType::bfloat16: return decoder_layers_of<bfloat16>(layers, count);
-    case DType::float16: return decoder_layers_of<float16>(layers, count);
-  }
 }

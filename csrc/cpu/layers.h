@@ -99,7 +99,6 @@ enum class Activation { silu, gelu_tanh, gelu };
 
 // One layer of a call, whose layers differ in weights, adapters and caches only; hidden and out are the first one's.
 struct LayerArgs {
-  DType dtype;
   const void* hidden;  // [tokens, width]
   void* out;
   int64_t width, intermediate, rotary_dim;
@@ -119,13 +118,19 @@ struct LayerArgs {
   Paging paging;
 };
 
+struct LayersArgs {
+  DType dtype;
+  const LayerArgs* layers;
+  int64_t count;
+};
+
 struct Kernels {
   const char* name;
   void (*linear)(const LinearArgs&);
   void (*lora)(const LoraArgs&);
   void (*rms_norm)(const RmsNormArgs&);
   void (*paged_attention)(const AttentionArgs&);
-  void (*decoder_layers)(const LayerArgs* layers, int64_t count);
+  void (*decoder_layers)(const LayersArgs&);
   void (*ensemble_sample)(const SampleArgs&);
   void (*combine)(const SampleArgs&);
 };

@@ -46,6 +46,7 @@ BY_DTYPE(linear, LinearArgs)
 BY_DTYPE(lora, LoraArgs)
 BY_DTYPE(rms_norm, RmsNormArgs)
 BY_DTYPE(paged_attention, AttentionArgs)
+BY_DTYPE(decoder_layers, LayersArgs)
 BY_DTYPE(ensemble_sample, SampleArgs)
 BY_DTYPE(combine, SampleArgs)
 #undef BY_DTYPE
@@ -59,7 +60,7 @@ const Kernels VARIANT_TABLE = {
     VARIANT::lora_by_dtype,
     VARIANT::rms_norm_by_dtype,
     VARIANT::paged_attention_by_dtype,
-    VARIANT::decoder_layers,
+    VARIANT::decoder_layers_by_dtype,
     VARIANT::ensemble_sample_by_dtype,
     VARIANT::combine_by_dtype,
 };
