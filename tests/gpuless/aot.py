@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -41,8 +42,16 @@ def compile_for(
     **options: Any,
 ) -> Any:
     """The compiled kernel for a signature written by hand, as ``{"x_ptr": "*fp32", "n": "i32"}``."""
+    given = (signature, constexprs, options)
+    return _compiled(kernel, arch, divisible_by_16, *(tuple(sorted(x.items())) for x in given))
+
+
+@functools.lru_cache(maxsize=512)
+def _compiled(kernel: Any, arch: int | str, divisible: tuple[str, ...], *given: tuple[tuple[str, Any], ...]) -> Any:
+    """Once for each way to compile a kernel: it takes a second or more, and most calls differ in their values alone."""
+    signature, constexprs, options = map(dict, given)
     types = {name: "constexpr" if name in constexprs else signature[name] for name in kernel.arg_names}
-    hints = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible_by_16}
+    hints = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
     return triton.compile(ASTSource(kernel, types, constexprs, hints), target=TARGETS[arch], options=options)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 
 from ensemble_decode.ops import EnsembleSample
 from tests.gpuless.aot import compile_call
-from tests.gpuless.ptxsim import Machine, launch
+from tests.gpuless.ptxsim import Kernel, Machine, launch
 from tests.gpuless.triton_sample import launches
 from tests.ops.sampling_cases import Case
 
@@ -18,6 +19,9 @@ from tests.ops.sampling_cases import Case
 def tensors_of(call: Any) -> list[tuple[str, torch.Tensor]]:
     """The tensors among a launch's arguments, by name."""
     return [(name, value) for name, value in call.arguments.items() if isinstance(value, torch.Tensor)]
+
+
+parsed = functools.lru_cache(maxsize=256)(Kernel)
 
 
 def run_launch(call: Any, arch: int, edit: Callable[[str], str] | None = None, **options: Any) -> Machine:
@@ -28,7 +32,7 @@ def run_launch(call: Any, arch: int, edit: Callable[[str], str] | None = None, *
         value = call.arguments[parameter.name]
         if not (parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1)):
             passed.append(value)
-    ptx = built.asm["ptx"] if edit is None else edit(built.asm["ptx"])
+    ptx = parsed(built.asm["ptx"]) if edit is None else edit(built.asm["ptx"])
     ctas = call.options.get("num_ctas", 1)
     grid = (call.grid[0] * ctas, *call.grid[1:])
     names = [name for name, _ in tensors_of(call)]
