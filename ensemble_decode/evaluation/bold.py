@@ -155,11 +155,12 @@ class Continuations:
         return [(prompt, known[prompt.id]) for prompt in prompts]
 
     def path(self, system: System) -> Path:
-        """The file of a system. Its name tells apart parameters, prefix, and models, by what they make of a sentence."""
+        """The file of a system. Its name tells apart parameters, prefix, and models, by what they make of a sentence and their length."""
         score = system.llm.score(_PROBE, alpha=system.params.alpha)[0]
         logprobs = [None if value is None else round(value, 4) for value in score.logprobs]
         params = asdict(replace(system.params, n=self.samples, max_tokens=self.max_tokens, seed=self.seed))
-        key = json.dumps([system.prefix, params, score.token_ids, logprobs], sort_keys=True)
+        longest = system.llm.ensemble.layout.max_model_len  # where a text ends that is longer
+        key = json.dumps([system.prefix, params, score.token_ids, logprobs, longest], sort_keys=True)
         name = re.sub(r"[^\w.=-]+", "_", system.name)
         return Path(self.folder) / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.jsonl"
 
