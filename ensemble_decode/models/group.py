@@ -98,15 +98,15 @@ class Group:
         self.blocks_per_pool = 0
 
         tokens = torch.arange(1, 1 + _CHECK_TOKENS, device=self.device) * 7919 % (self.config.vocab_size - 1)
-        self.decoder: nn.Module = model.get_decoder()
+        decoder: nn.Module = model.get_decoder()
         head = model.get_output_embeddings()
         if head is None:
             raise ValueError(f"model {path!r}: no output head")
         # int8 weights are held against a model that has the weights they stand for: what differs then is an error.
-        with rounded_weights(self.decoder, head) if quantization else nullcontext():
+        with rounded_weights(decoder, head) if quantization else nullcontext():
             expected = _original_logits(model, tokens)
-        root = next(name for name, module in model.named_modules() if module is self.decoder)
-        make_fast(self.decoder, root, fuse_layers, quantization)
+        root = next(name for name, module in model.named_modules() if module is decoder)
+        self.decoder = make_fast(decoder, root, fuse_layers, quantization)
         bias = getattr(head, "bias", None)
         self.vocab_size: int = head.weight.shape[0]
         self.head = PackedLinear([head.weight], [bias], ["lm_head"], quantization=quantization)
@@ -146,8 +146,7 @@ class Group:
             rows.query_start, rows.context_len, rows.block_table, self.k_cache, self.v_cache, rows.adapter
         )
         with running(forward):
-            out = self.decoder(input_ids=rows.tokens[None], position_ids=rows.positions[None], use_cache=False)
-        hidden = out.last_hidden_state[0]
+            hidden = self.decoder(rows.tokens, rows.positions)
         return hidden if rows.outputs is None else hidden[rows.outputs]
 
     @torch.inference_mode()

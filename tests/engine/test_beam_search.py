@@ -146,7 +146,7 @@ def test_a_prompt_that_fails_leaves_the_others_alone(models: Models) -> None:
     llm = LLM(models.model("llama"), dtype="float32")
     params = BeamSearchParams(beam_width=2, max_tokens=3)
     before = llm.beam_search(prompts()[1], params, use_tqdm=False)[0]
-    weight = llm.ensemble.groups[0].decoder.get_input_embeddings().weight
+    weight = llm.ensemble.groups[0].decoder.embed_tokens.weight
     with torch.no_grad():
         weight[198] = math.nan
     bad, good = llm.beam_search([[5, 198], prompts()[1]], params, use_tqdm=False)

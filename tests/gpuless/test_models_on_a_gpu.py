@@ -68,19 +68,18 @@ def test_a_forward_never_waits_for_the_device(name: str, monkeypatch: pytest.Mon
         model = AutoModelForCausalLM.from_config(
             CONFIG_MAPPING[kind](**config), dtype=torch.bfloat16, attn_implementation=ATTENTION
         )
-        decoder, head = model.eval().requires_grad_(False).get_decoder(), model.get_output_embeddings()
-        make_fast(decoder, "model")
+        decoder = make_fast(model.eval().requires_grad_(False).get_decoder(), "model")
+        head = model.get_output_embeddings()
         head = PackedLinear([head.weight], [None], ["lm_head"])
         caches = [ops.new_caches(9, kv_heads, dim, torch.bfloat16, "meta") for _ in range(layers)]
         index = [torch.empty(n, dtype=torch.int32) for n in (sequences + 1, sequences)]
         table = torch.empty(sequences, 20, dtype=torch.int32)
-        rows = [torch.empty(1, tokens, dtype=torch.int64) for _ in range(2)]
+        rows = [torch.empty(tokens, dtype=torch.int64) for _ in range(2)]
         wanted = torch.empty(sequences, dtype=torch.int64)
     forward = Forward(*index, table, [c[0] for c in caches], [c[1] for c in caches])
     # Outside of the device's context, where a tensor made without a device would be the CPU's.
     with planned() as launches, torch.inference_mode(), running(forward):
-        out = decoder(input_ids=rows[0], position_ids=rows[1], use_cache=False)
-        logits = ops.linear(out.last_hidden_state[0][wanted], head.packed, head.bias, VOCAB, out_fp32=True)
+        logits = ops.linear(decoder(*rows)[wanted], head.packed, head.bias, VOCAB, out_fp32=True)
     assert logits.device.type == "meta"
     assert logits.dtype == torch.float32
     assert logits.shape == (sequences, VOCAB)
