@@ -244,7 +244,7 @@ class Runner:
         positions: list[int] = []
         adapters: list[int] = []
         query_start, context_len, outputs = [0], list[int](), list[int]()
-        tables: list[tuple[list[int], int]] = []
+        tables: list[tuple[int, int]] = []  # span, and where its pool's blocks begin
         all_outputs = True
         for pool_id, pool in enumerate(self.ensemble.pools):
             if pool.group != number:
@@ -263,7 +263,7 @@ class Runner:
                     positions += range(span.start, span.start + count)
                     adapters += [adapter] * count
                 context_len.append(span.start + count)
-                tables.append((span.block_table, offset))
+                tables.append((index, offset))
                 if span.outputs:
                     first[index, pool_id] = len(outputs)
                     outputs += range(len(tokens) - span.outputs, len(tokens))
@@ -271,13 +271,13 @@ class Runner:
                 query_start.append(len(tokens))
         if not tokens:
             return None
-        blocks = max(-(-length // BLOCK_SIZE) for length in context_len)
-        table = np.zeros((len(tables), blocks), np.int32)
-        for row, ((ids, offset), length) in enumerate(zip(tables, context_len, strict=True)):
-            used = -(-length // BLOCK_SIZE)
-            table[row, :used] = ids[:used]
-            if offset:
-                table[row, :used] += offset
+        used = [-(-length // BLOCK_SIZE) for length in context_len]
+        table = np.zeros((len(tables), max(used)), np.int32)
+        ids: dict[int, NDArray[np.int32]] = {}  # of a span, which its pools share: a list becomes an array once
+        for row, ((index, offset), count) in enumerate(zip(tables, used, strict=True)):
+            if index not in ids:
+                ids[index] = np.array(spans[index].block_table[:count], np.int32)
+            np.add(ids[index], offset, out=table[row, :count])
         upload = self.device.upload
         return Rows(
             upload(tokens, dtype=torch.int64),
