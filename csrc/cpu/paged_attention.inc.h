@@ -12,31 +12,32 @@
 constexpr int kSplit = 256;
 constexpr int kSplitBlocks = kSplit / kBlockSize;
 constexpr int kMaxRows = 48;  // rows of a tile
-// Register tiles, as those of linear layers: rows x blocks of keys, rows x vectors of a value.
-constexpr int kScoreRows = SIMD_LEVEL >= 3 ? 6 : 1;
-constexpr int kScoreBlocks = SIMD_LEVEL == 4 ? 4 : SIMD_LEVEL == 3 ? 1 : 2;
-constexpr int kAhead = SIMD_LEVEL == 4 ? 4 : 2;  // blocks between use and prefetch
-constexpr int kValueRows = kScoreRows;
-constexpr int kValueVectors = SIMD_LEVEL == 4 ? 4 : SIMD_LEVEL == 3 ? 1 : 2;
+// Register tiles, as those of linear layers: rows x blocks of keys, rows x vectors of a value. As many of these as leave
+// chains of additions enough to hide an addition's latency, and registers for what they are made of.
+constexpr int kTileRowsOfHeads = SIMD_LEVEL >= 3 ? 6 : 1;
+constexpr int kMostWide = SIMD_LEVEL >= 3 ? 4 : 2;
+constexpr int kFar = 2;  // prefetched into the second-level cache: a split's keys or values fill the first
+constexpr int wide(int rows) { return SIMD_LEVEL != 3 ? kMostWide : rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 
 // Vectors of sixteen elements in a cache line.
 template <typename T>
 constexpr int kLineVectors = 64 / (16 * static_cast<int>(sizeof(T)));
 
-// out[r][16 v + lane] = sum over keys in their order of p[r][key] * value[key][16 v + lane].
+// out[r][16 v + lane] = sum over keys in their order of p[r][key] * value[key][16 v + lane]. On the way it asks for what
+// lies at the same places of the next blocks.
 template <typename T, int Rows, int Vectors, bool Whole>
-static void value_tile(const T* const* blocks, int64_t keys, int64_t head_dim, int64_t lanes, const float* p, float* out,
-                       int64_t out_stride) {
+static void value_tile(const T* const* blocks, const T* const* next, int64_t keys, int64_t head_dim, int64_t lanes,
+                       const float* p, float* out, int64_t out_stride) {
   V16 acc[Rows][Vectors];
   for (int r = 0; r < Rows; r++)
     for (int v = 0; v < Vectors; v++) acc[r][v] = zero();
   for (int64_t first = 0; first < keys; first += kBlockSize) {
     const T* value = blocks[first / kBlockSize];
-    int64_t ahead = blocks[first / kBlockSize + kAhead] - value;
+    int64_t ahead = next[first / kBlockSize] - value;
     int64_t last = keys - first < kBlockSize ? keys : first + kBlockSize;
     for (int64_t key = first; key < last; key++, value += head_dim) {
       V16 x[Vectors];
-      for (int v = 0; v < Vectors; v += kLineVectors<T>) __builtin_prefetch(value + ahead + 16 * v);
+      for (int v = 0; v < Vectors; v += kLineVectors<T>) __builtin_prefetch(value + ahead + 16 * v, 0, kFar);
       for (int v = 0; v < Vectors; v++) x[v] = Whole ? load(value + 16 * v) : load_n(value + 16 * v, lanes);
       for (int r = 0; r < Rows; r++) {
         V16 weight = set1(p[r * kSplit + key]);
@@ -51,18 +52,19 @@ static void value_tile(const T* const* blocks, int64_t keys, int64_t head_dim, i
 template <typename T>
 struct AttentionTiles {
   using Score = void (*)(const T* const*, int64_t, const T* const*, int64_t, const Input<T>*, int64_t, int64_t, float*, int64_t);
-  using Value = void (*)(const T* const*, int64_t, int64_t, int64_t, const float*, float*, int64_t);
+  using Value = void (*)(const T* const*, const T* const*, int64_t, int64_t, int64_t, const float*, float*, int64_t);
 #if SIMD_LEVEL >= 3
-#define ROWS(f, ...) {f<T, 1, __VA_ARGS__>, f<T, 2, __VA_ARGS__>, f<T, 3, __VA_ARGS__>, \
-                      f<T, 4, __VA_ARGS__>, f<T, 5, __VA_ARGS__>, f<T, 6, __VA_ARGS__>}
+#define ROWS(f, wide, ...) {f<T, 1, wide(1), __VA_ARGS__>, f<T, 2, wide(2), __VA_ARGS__>, f<T, 3, wide(3), __VA_ARGS__>, \
+                            f<T, 4, wide(4), __VA_ARGS__>, f<T, 5, wide(5), __VA_ARGS__>, f<T, 6, wide(6), __VA_ARGS__>}
 #else
-#define ROWS(f, ...) {f<T, 1, __VA_ARGS__>}
+#define ROWS(f, wide, ...) {f<T, 1, wide(1), __VA_ARGS__>}
 #endif
-  static constexpr Score score_many[] = ROWS(dot_tile, kScoreBlocks);
-  static constexpr Score score_one[] = ROWS(dot_tile, 1);
-  static constexpr Value value_many[] = ROWS(value_tile, kValueVectors, true);
-  static constexpr Value value_one[] = ROWS(value_tile, 1, true);
-  static constexpr Value value_rest[] = ROWS(value_tile, 1, false);
+  static constexpr int one(int) { return 1; }
+  static constexpr Score score_many[] = ROWS(dot_tile, wide, kFar);
+  static constexpr Score score_one[] = ROWS(dot_tile, one, kFar);
+  static constexpr Value value_many[] = ROWS(value_tile, wide, true);
+  static constexpr Value value_one[] = ROWS(value_tile, one, true);
+  static constexpr Value value_rest[] = ROWS(value_tile, one, false);
 #undef ROWS
 };
 
@@ -81,10 +83,17 @@ struct Partial {
 
 static inline int64_t head_stride(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
 
+// The blocks of keys that a thread reads next.
+struct Following {
+  const int32_t* table;
+  int64_t blocks, kv_head;  // 0 blocks where nothing is known
+};
+
 // Rows of a tile against keys [first, first + kSplit): row r sees the first limits[r] of them (none if <= 0).
 template <typename T>
 static void attend_split(const Paging& paging, const int32_t* table, int64_t kv_head, int64_t first, int rows,
-                         const int64_t* limits, const AttentionScratch<T>& scratch, Partial* partials, float* sums) {
+                         const int64_t* limits, const Following& following, const AttentionScratch<T>& scratch,
+                         Partial* partials, float* sums) {
   using Tiles = AttentionTiles<T>;
   constexpr int kPer = Step<T>::kPer;
   int64_t head_dim = paging.head_dim, block_elements = head_dim * kBlockSize, stride = head_stride(head_dim);
@@ -92,27 +101,31 @@ static void attend_split(const Paging& paging, const int32_t* table, int64_t kv_
   int64_t keys = 0;
   for (int r = 0; r < rows; r++) keys = limits[r] > keys ? limits[r] : keys;
   int64_t blocks = (keys + kBlockSize - 1) / kBlockSize;
-  // In the order of use: all keys, all values, the first keys of the next kv head (the next work item, as a rule). A
-  // block is too short for the hardware's prefetchers, so each asks for the one kAhead further on.
-  const T* chain[2 * kSplitBlocks + kAhead];
-  const T **k = chain, **v = chain + blocks, **next = v + blocks;
+  // A block is too short for the hardware's prefetchers. So while the keys are read the values are asked for, and with them
+  // the keys that come next: memory is never idle while there is arithmetic to do, nor the other way round.
+  const T *k[kSplitBlocks], *v[kSplitBlocks], *next[kSplitBlocks];
+  auto of = [&](const int32_t* blocks_of, int64_t b, int64_t head) {
+    return (static_cast<int64_t>(blocks_of[b]) * paging.num_kv_heads + head) * block_elements;
+  };
   for (int64_t b = 0; b < blocks; b++) {
-    int64_t at = (static_cast<int64_t>(table[first / kBlockSize + b]) * paging.num_kv_heads + kv_head) * block_elements;
+    int64_t at = of(table, first / kBlockSize + b, kv_head);
     k[b] = static_cast<const T*>(paging.k_cache) + at;
     v[b] = static_cast<const T*>(paging.v_cache) + at;
+    next[b] = k[b];
+    if (int64_t n = following.blocks; n > 0)
+      next[b] = static_cast<const T*>(paging.k_cache) + of(following.table, b < n ? b : n - 1, following.kv_head);
   }
-  for (int64_t i = 0; i < kAhead; i++)
-    next[i] = k[i < blocks ? i : 0] + (kv_head + 1 < paging.num_kv_heads ? block_elements : 0);
 
+  int width = wide(rows < kTileRowsOfHeads ? rows : kTileRowsOfHeads);
   for (int64_t b = 0; b < blocks;) {
-    bool many = b + kScoreBlocks <= blocks;
-    for (int r = 0; r < rows; r += kScoreRows) {
-      int n = rows - r < kScoreRows ? rows - r : kScoreRows;
+    bool many = width > 1 && b + width <= blocks;
+    for (int r = 0; r < rows; r += kTileRowsOfHeads) {
+      int n = rows - r < kTileRowsOfHeads ? rows - r : kTileRowsOfHeads;
       (many ? Tiles::score_many : Tiles::score_one)[n - 1](
-          k + b, kBlockSize * kPer, k + b + kAhead, kBlockSize * kPer, scratch.queries + r * query_stride, query_stride, head_dim / kPer,
+          k + b, kBlockSize * kPer, v + b, kBlockSize * kPer, scratch.queries + r * query_stride, query_stride, head_dim / kPer,
           scratch.scores + r * kSplit + b * kBlockSize, kSplit);
     }
-    b += many ? kScoreBlocks : 1;
+    b += many ? width : 1;
   }
 
   V16 scale = set1(paging.scale), lowest = set1(-__builtin_inff());
@@ -136,16 +149,19 @@ static void attend_split(const Paging& paging, const int32_t* table, int64_t kv_
     partials[r] = {m, sum(total)};
   }
 
-  for (int r = 0; r < rows; r += kValueRows) {
-    int n = rows - r < kValueRows ? rows - r : kValueRows;
+  for (int r = 0; r < rows; r += kTileRowsOfHeads) {
+    int n = rows - r < kTileRowsOfHeads ? rows - r : kTileRowsOfHeads;
     const float* p = scratch.scores + r * kSplit;
     for (int64_t d = 0; d < head_dim;) {
-      const T* shifted[kSplitBlocks + kAhead];
-      for (int64_t b = 0; b < blocks + kAhead; b++) shifted[b] = v[b] + d;
-      bool many = d + 16 * kValueVectors <= head_dim, whole = d + 16 <= head_dim;
+      const T *shifted[kSplitBlocks], *shifted_next[kSplitBlocks];
+      for (int64_t b = 0; b < blocks; b++) {
+        shifted[b] = v[b] + d;
+        shifted_next[b] = next[b] + d;
+      }
+      bool many = d + 16 * wide(n) <= head_dim, whole = d + 16 <= head_dim;
       (many ? Tiles::value_many : whole ? Tiles::value_one : Tiles::value_rest)[n - 1](
-          shifted, keys, head_dim, head_dim - d, p, sums + r * stride + d, stride);
-      d += many ? 16 * kValueVectors : 16;
+          shifted, shifted_next, keys, head_dim, head_dim - d, p, sums + r * stride + d, stride);
+      d += many ? 16 * wide(n) : 16;
     }
   }
 }
@@ -209,6 +225,18 @@ struct AttentionPlan {
     t.tokens = count - first < tokens_per_tile ? count - first : tokens_per_tile;
     t.position = paging->context_len[lo] - count + first;
     return t;
+  }
+
+  // The blocks of a split of a tile, and those that an item begins with.
+  Following blocks(const AttentionTile& t, int64_t split) const {
+    int64_t first = split * kSplitBlocks, all = (t.position + t.tokens - 1) / kBlockSize + 1 - first;
+    const int32_t* table = paging->block_table + t.sequence * paging->table_stride + first;
+    return {table, all < kSplitBlocks ? all : kSplitBlocks, t.kv_head};
+  }
+  Following blocks(int64_t item) const {
+    int64_t split;
+    AttentionTile t = tile(item, split);
+    return blocks(t, split);
   }
 };
 
@@ -291,7 +319,10 @@ static void attention_phase(Team& team, Counter* counters, const AttentionPlan& 
           limits[r] = visible < kSplit ? visible : kSplit;
         }
         bool first = i == split;
-        attend_split<T>(paging, table, tile.kv_head, i * kSplit, rows, limits, scratch, first ? total : next,
+        Following following = i + 1 < last       ? plan.blocks(tile, i + 1)
+                              : item + 1 < end ? plan.blocks(item + 1)
+                                               : Following{};
+        attend_split<T>(paging, table, tile.kv_head, i * kSplit, rows, limits, following, scratch, first ? total : next,
                         first ? total_sums : next_sums);
         if (first) continue;
         for (int r = 0; r < rows; r++)

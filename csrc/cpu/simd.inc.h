@@ -477,8 +477,9 @@ template <typename T>
 using Input = typename Step<T>::Input;
 
 // out[r][16 c + lane] = sum over steps, in their order, of w[c][step][lane] * x[r][step], from zero. On the way it asks
-// for what lies at ahead[c], ahead[c] + ahead_stride, ...: a prefetch for each load, of what comes next.
-template <typename T, int Rows, int Columns>
+// for what lies at ahead[c], ahead[c] + ahead_stride, ...: a prefetch for each load, of what comes next, into the first
+// cache or (Near = 2) the second.
+template <typename T, int Rows, int Columns, int Near = 3>
 static inline void dot_tile(const T* const* w, int64_t step_stride, const T* const* ahead, int64_t ahead_stride,
                             const Input<T>* x, int64_t x_stride, int64_t steps, float* out, int64_t out_stride) {
   using S = Step<T>;
@@ -498,7 +499,7 @@ static inline void dot_tile(const T* const* w, int64_t step_stride, const T* con
   for (int64_t s = 0; s < steps; s++) {
 #pragma GCC unroll 8
     for (int c = 0; c < Columns; c++) {
-      __builtin_prefetch(hints[c]);
+      __builtin_prefetch(hints[c], 0, Near);
       hints[c] += ahead_stride;
     }
 #pragma GCC unroll 2
