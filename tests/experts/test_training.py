@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -113,11 +114,35 @@ def test_killed_in_the_middle_it_ends_with_the_same_weights(model: str, pair: Pa
     assert all(value.equal(resumed[name]) for name, value in whole.items())
 
 
+FULL = training.TrainingSettings(
+    rank=0, steps=40, batch_size=4, learning_rate=0.3, evaluate_every=2, patience=1, validation=0.2
+)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [replace(SETTINGS, steps=10, evaluate_every=5), FULL],  # 10 steps end in the middle of an epoch
+    ids=["after the last step", "after early stopping"],
+)
+def test_killed_after_training_and_before_publishing_it_trains_no_further(
+    settings: training.TrainingSettings, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, killed = (tmp_path / name for name in ("whole", "killed"))
+    training.train_pair(model, DATA, whole, settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            training.train_pair(model, DATA, killed, settings)
+    training.train_pair(model, DATA, killed, settings)
+    assert all(value.equal(weights(killed)[name]) for name, value in weights(whole).items())
+    results = [json.loads((folder / "pair.json").read_text())["results"] for folder in (whole, killed)]
+    for side in training.SIDES:
+        one, other = ({**result[side], "seconds_of_last_run": None} for result in results)
+        assert one == other
+
+
 def test_full_training_and_early_stopping_keep_the_best_step(model: str, tmp_path: Path) -> None:
-    settings = training.TrainingSettings(
-        rank=0, steps=40, batch_size=4, learning_rate=0.3, evaluate_every=2, patience=1, validation=0.2
-    )
-    out = training.train_pair(model, DATA, tmp_path / "full", settings)
+    out = training.train_pair(model, DATA, tmp_path / "full", FULL)
     for result in json.loads((out / "pair.json").read_text())["results"].values():
         assert result["best_step"] < result["steps"] < 40
     LLM(model, {"tea": out}, dtype="float32")
