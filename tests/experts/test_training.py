@@ -65,7 +65,17 @@ def test_a_pair_is_a_folder_that_steers(model: str, pair: Path) -> None:
 
 def test_card_says_what_it_must_and_none_of_the_data(pair: Path) -> None:
     card = (pair / "README.md").read_text()
-    for word in ("invented", "CC0", "validation NLL before", "rank 2", "curve.png", "Not to be evaluated on TeaSet"):
+    for word in (
+        "invented",
+        "CC0",
+        "validation NLL before",
+        "rank 2",
+        "curve.png",
+        "Not to be evaluated on TeaSet",
+        "on the axis tea,",
+        "at most 64 tokens",
+        "no guarantee",
+    ):
         assert word in card
     assert not any(line in card for line in DATA.expert + DATA.anti_expert)
     assert (pair / "curve.png").read_bytes()[:4] == b"\x89PNG"
@@ -175,6 +185,16 @@ def test_settings_out_of_bounds_are_named(name: str, value: float) -> None:
         training.TrainingSettings(**{name: value})
 
 
+def test_a_text_may_hold_any_line_separator_but_a_newline(tmp_path: Path) -> None:
+    told = ["one\u2028still one", "two\u0085still two"]
+    plain, objects = tmp_path / "plain.txt", tmp_path / "objects.jsonl"
+    plain.write_bytes("\r\n".join(told).encode("utf-8-sig"))
+    rows = [json.dumps({"text": text}, ensure_ascii=False) for text in told]
+    objects.write_bytes("\r\n".join(rows).encode("utf-8-sig"))
+    read = texts.from_files(plain, objects)
+    assert read.expert == read.anti_expert == told
+
+
 def test_jsonl_errors_name_the_line_and_not_its_text(tmp_path: Path) -> None:
     good, bad = tmp_path / "good.txt", tmp_path / "bad.jsonl"
     good.write_text("one\ntwo\n")
@@ -212,6 +232,24 @@ def test_two_readings_of_a_line(tmp_path: Path) -> None:
     both = texts.from_readings(tmp_path / "lines.txt", "tea")
     assert both.expert == ["Tea is cold in June.", "So is rain."]
     assert both.anti_expert == ["Tea is hot in May.", "So is rain."]
+
+
+@pytest.mark.parametrize(
+    ("missing", "flags", "needed"),
+    [("accelerate", [], True), ("matplotlib", [], True), ("peft", [], True), ("peft", ["--rank", "0"], False)],
+)
+def test_what_is_not_installed_is_said_before_anything_is_read(
+    missing: str,
+    flags: list[str],
+    needed: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert main(["train", str(tmp_path / "out"), "--expert", "x", "--anti-expert", "y", *flags]) == 2
+    said = capsys.readouterr().err
+    assert (f"train needs {missing}: pip install 'ensemble_decode[train]'" in said) == needed
 
 
 @pytest.mark.parametrize(
