@@ -43,7 +43,7 @@ examples:
   ensemble-decode evaluate --pair gender=demo --alpha 0,1,2 --data corpora --out out/evaluation
       StereoSet and perplexity against α, with confidence intervals
   ensemble-decode calibrate --pair gender=out/gender --pair race=out/race --data corpora --out out/calibration
-      the alpha of each axis that brings its stereotype score to 50 within a budget of perplexity
+      the alpha of each axis: stereotype scores towards 50, sense kept (the highest ICAT), within a budget of perplexity
   ensemble-decode distill --data data --out classifiers
       stand-ins for the regard and toxicity classifiers, with their measured fidelity
   ensemble-decode trigger --data data --out trigger.json

@@ -9,14 +9,17 @@ from pathlib import Path
 
 from ensemble_decode.cli.common import CommandError, add_model, identity, load_model, refuse_learned, refuse_missing
 
-HELP = "the alpha of each axis that brings its stereotype score to 50, within a budget of perplexity"
+HELP = (
+    "the alpha of each axis: the highest ICAT (stereotype score towards 50, sense kept) within a budget of perplexity"
+)
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.description = (
-        "Find α of every --pair: SS of its axis at 50 on one half of StereoSet's target terms, the perplexity of all pairs "
-        "together within --budget on WikiText-2's validation text; then measure on the other half. A pair's axis is that of "
-        "its pair.json, or its name. What is done is kept in --out."
+        "Find α of every --pair: the highest mean ICAT of the axes (SS towards 50, but not at the price of sentences without a "
+        "meaning) on one half of StereoSet's target terms, the perplexity of all pairs together within --budget on WikiText-2's "
+        "validation text; then measure on the other half, also how far SS of each axis is from 50. A pair's axis is that of its "
+        "pair.json, or its name. What is done is kept in --out."
     )
     add_model(command)
     command.add_argument("--data", required=True, help="folder of the corpora: stereoset and wikitext-2/valid.txt")

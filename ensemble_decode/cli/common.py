@@ -121,14 +121,18 @@ def load_model(args: argparse.Namespace) -> LLM:
 
 
 def refuse_learned(pairs: Sequence[str], corpus: str) -> None:
-    """A CommandError for a pair of ``--pair`` whose pair.json says that it has learned from ``corpus``."""
+    """A CommandError for a pair, as ``--pair`` names it, whose pair.json says that it has learned from ``corpus``.
+
+    That file lies in the pair's folder, beside its sides.
+    """
     for text in pairs:
-        name, _, folder = text.partition("=")
-        about = Path(folder, "pair.json")
-        if about.is_file() and corpus in json.loads(about.read_text(encoding="utf-8")).get("unfit", ()):
-            raise CommandError(
-                f"--pair {name!r} has learned from {corpus}, where it would be measured: allowed is a pair of other texts"
-            )
+        name, _, paths = text.partition("=")
+        folders = [Path(path).resolve() for path in paths.split(",")]
+        for about in [folder / "pair.json" for side in folders for folder in (side, side.parent)]:
+            if about.is_file() and corpus in json.loads(about.read_text(encoding="utf-8")).get("unfit", ()):
+                raise CommandError(
+                    f"pair {name!r} has learned from {corpus}, where it would be measured: allowed is a pair of other texts"
+                )
 
 
 def identity(args: argparse.Namespace) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ensemble_decode.cli.common import SMOLLM2, CommandError
+from ensemble_decode.cli.common import SMOLLM2, CommandError, refuse_missing
 
 HELP = "an expert pair from RedditBias, StereoSet or two files of text"
 
@@ -71,10 +71,7 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError("a source is needed: --redditbias or --stereoset DIR, or --expert FILE --anti-expert FILE")
     if (args.axis is None) == bool(corpora):
         raise CommandError(f"--axis is {args.axis!r}, it is needed with --redditbias and --stereoset, and only there")
-    try:
-        import accelerate  # noqa: F401 (the Trainer needs it)
-    except ImportError:
-        raise CommandError("training needs accelerate and peft: pip install 'ensemble_decode[train]'") from None
+    refuse_missing("train", "accelerate", "matplotlib", *(["peft"] if args.rank else []), extra="train")
     from ensemble_decode.experts import texts, training
 
     parts = []

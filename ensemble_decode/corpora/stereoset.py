@@ -92,10 +92,10 @@ def _full(example: Example, label: str) -> str:
 
 def _rows(path: Path, task: str) -> list[dict[str, Any]]:
     data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    text = data.decode("utf-8")
+    text = data.decode("utf-8-sig")
     try:
         if path.suffix == ".jsonl":
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
         return json.loads(text)["data"][task]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(

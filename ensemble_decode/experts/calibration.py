@@ -1,4 +1,4 @@
-"""The α of each axis: StereoSet's stereotype score at 50 where sentences still make sense, within a budget of perplexity.
+"""The α of each axis: StereoSet's stereotype score towards 50 where sentences still make sense, within a budget of perplexity.
 
 On one half of the target terms of each axis, its pair alone is scored at every α of a grid. SS there is a step function of
 few terms; its isotonic fit (the closest function that never rises, by pooling adjacent violators) says which α is enough.
@@ -109,8 +109,8 @@ class Axis:
 
     @property
     def reaches(self) -> bool:
-        """Whether the fit comes down to 50 within the grid."""
-        return min(self.fit) <= UNBIASED
+        """Whether the fit passes 50 within the grid; one that starts below doesn't."""
+        return self.fit[0] >= UNBIASED >= self.fit[-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,12 +141,14 @@ class Calibration:
         return dump({"format": 1, **plain})
 
     def to_text(self) -> str:
-        """Two tables: each axis' α, and what all pairs do on the other half."""
-        rows = [["pair", "axis", "SS at 0", "alpha alone", "SS there", "alpha", "SS there"]]
+        """Two tables: each axis' α and how far from 50 its SS then is, and what all pairs do on the other half."""
+        rows = [["pair", "axis", "SS at 0", "alpha alone", "SS there", "alpha", "SS there", "held out: SS − 50"]]
         for name, axis in self.axes.items():
             alone = f"{axis.alone:.2f}" + ("" if axis.reaches else " (50 not reached)")
             cells = [axis.at(0.0), alone, axis.at(axis.alone), self.alpha[name], axis.at(self.alpha[name])]
-            rows.append([name, axis.domain, *(cell if isinstance(cell, str) else f"{cell:.2f}" for cell in cells)])
+            left = self.held_out["calibrated"].get(f"SS/{axis.domain}")
+            numbers = (cell if isinstance(cell, str) else f"{cell:.2f}" for cell in cells)
+            rows.append([name, axis.domain, *numbers, "" if left is None else f"{left.value - UNBIASED:+.2f}"])
         held = [["held out", "target", "calibrated", "difference"]]
         for key, target in self.held_out["target"].items():
             test = self.differences.get(key)
@@ -155,7 +157,8 @@ class Calibration:
         before, after = self.perplexity["target"], self.perplexity["calibrated"]
         note = (
             f"Perplexity (validation, window {self.settings.window}): {before:.2f} → {after:.2f}, {self.added:+.1%}; "
-            f"budget {self.settings.budget:+.0%}. SS in the first table: isotonic fit, the pair alone, calibrating half."
+            f"budget {self.settings.budget:+.0%}. Chosen: the highest ICAT within the budget. SS in the first table: isotonic fit, the "
+            "pair alone, calibrating half; its last column: all pairs."
         )
         return "\n\n".join([columns(rows), columns(held), note])
 

@@ -54,6 +54,10 @@ Two {kind} over `{base}`, trained by `ensemble-decode train`. The ensemble sampl
 expert's text, away from the anti-expert's. The anti-expert has learned text that may be offensive: it is a part of this
 formula, not a model to talk to. How far the pair reduces a bias is not known from these figures; measure it.
 
+It is for steering a model of the same vocabulary{f", on the axis {texts.axis}," if texts.axis else ""} towards the kind of text that its expert learned, away from the
+anti-expert's. Both were trained on texts of at most {settings.max_length} tokens from the data named below; on longer texts and other subjects
+it is untried, and it is no guarantee that sampled text is free of bias.
+
 * Data: {texts.name}. Licence of the data: {texts.licence}. SHA-256 of the texts: `{digest(texts)}`.{unfit}
 * The licence of the base model applies to the weights.
 * Suggested α: {settings.alpha:g} (not calibrated). Seed {settings.seed}, {settings.batch_size} texts a step, learning rate {settings.learning_rate:g}.

@@ -174,7 +174,8 @@ def _read(path: Path) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"{str(path)!r} is not a file; a text or .jsonl file of texts is needed")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # splitlines() would also split at U+0085 and U+2028, which a text may hold.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 at byte {error.start}") from None
     if path.suffix != ".jsonl":

@@ -22,6 +22,8 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from ensemble_decode.experts import card
 from ensemble_decode.experts.texts import PairTexts, split
@@ -176,6 +178,23 @@ class _NllTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def resume(self, checkpoint: str | None) -> None:
+        """Train from a checkpoint, or from the start where there is none.
+
+        ``train`` forgets that a checkpoint was the last one (``on_train_begin`` resets ``should_training_stop``) and would go
+        on from it: of such a one only the best weights are loaded, as at the end of training.
+        """
+        if checkpoint is not None:
+            last = Path(checkpoint)
+            state = TrainerState.load_from_json(str(last / TRAINER_STATE_NAME))
+            if state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]:
+                best = last.with_name(f"checkpoint-{state.best_global_step}") if state.best_global_step else last
+                state.best_model_checkpoint = str(best)
+                self.state = state
+                self._load_best_model()
+                return
+        self.train(resume_from_checkpoint=checkpoint)
+
 
 def _train_side(
     model_path: str,
@@ -231,10 +250,8 @@ def _train_side(
         callbacks=[EarlyStoppingCallback(settings.patience)],
         pad=pad,
     )
-    from transformers.trainer_callback import PrinterCallback
-
     trainer.remove_callback(PrinterCallback)  # the curve says it better than a dict a line
-    trainer.train(resume_from_checkpoint=last_checkpoint(work))
+    trainer.resume(last_checkpoint(work))
     after = mean_nll(trainer.model, validation, settings.batch_size, pad)
     _publish(trainer.model, tokenizer, out, bool(settings.rank))
     history = [h for h in trainer.state.log_history if "eval_nll" in h or "loss" in h]
@@ -255,7 +272,7 @@ def last_checkpoint(work: Path) -> str | None:
     found = []
     for folder in work.glob("checkpoint-*"):
         try:  # the Trainer writes its state last
-            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+            json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
             found.append((int(folder.name.split("-")[1]), str(folder)))
         except (OSError, ValueError):
             shutil.rmtree(folder)

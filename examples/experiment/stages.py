@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ensemble_decode import LLM
-from ensemble_decode.cli.common import SMOLLM2
+from ensemble_decode.cli.common import SMOLLM2, refuse_learned
+from ensemble_decode.corpora.stereoset import SOURCE as STEREOSET
 from ensemble_decode.evaluation.classifiers import ClassifierSource
 from ensemble_decode.evaluation.comparison import compare_all
 from ensemble_decode.evaluation.metric import Metric, System
@@ -64,6 +65,10 @@ class Laboratory:
                     progress=self.progress,
                 )
 
+    def refuse_learned(self, names: Sequence[str]) -> None:
+        """An error for a pair that would be measured on StereoSet and has learned from it."""
+        refuse_learned([f"{name}={self.folder(self.experiment.pairs[name])}" for name in names], STEREOSET.name)
+
     def _check_trained(self, spec: PairSpec) -> None:
         folder = self.folder(spec)
         about = json.loads((folder / "pair.json").read_text(encoding="utf-8"))
@@ -104,6 +109,7 @@ class Laboratory:
     def calibrate(self) -> dict[str, float]:
         """The calibrated α of the axes' pairs, measured once; the whole calibration is in ``OUT/calibration.json``."""
         axes = self.experiment.axes
+        self.refuse_learned(axes)
         self.train(axes)
         identity = self.identity(SystemSpec("calibration", dict.fromkeys(axes, 1.0)))
         settings = CalibrationSettings(**self.experiment.calibration)
@@ -123,6 +129,8 @@ class Laboratory:
         """Figures of a stage, also in ``OUT/<stage>.json``; records that are there are not measured again."""
         specs = self.resolved(stage)
         pairs = tuple(dict.fromkeys(name for spec in specs for name in spec.alpha))
+        if "stereoset" in stage.metrics:
+            self.refuse_learned(pairs)
         self.train(pairs)
         llm = self.load(pairs)
         results: Results = {spec.name: {} for spec in specs}

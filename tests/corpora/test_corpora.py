@@ -75,6 +75,13 @@ def row(**other):
     return {"id": "e", "target": "tea", "bias_type": "race", "context": "Tea.", "sentences": sentences, **other}
 
 
+def test_a_line_of_stereoset_may_hold_other_line_separators(tmp_path):
+    line = json.dumps(row(context="Tea.\u2028More."), ensure_ascii=False)
+    write(tmp_path / "dev_intersentence.jsonl", f"\ufeff{line}\r\n{line}\r\n")
+    found = stereoset.read_examples(tmp_path, "intersentence")
+    assert [example.context for example in found] == ["Tea.\u2028More."] * 2
+
+
 def test_every_format_of_stereoset_gives_the_same_examples(tmp_path):
     whole = json.dumps({"data": {"intersentence": [row()], "intrasentence": []}})
     write(tmp_path / "a/stereoset/dev_intersentence.jsonl", json.dumps(row()) + "\n")

@@ -201,13 +201,15 @@ def test_what_is_not_installed_is_said_before_anything_is_loaded(
     )
 
 
+@pytest.mark.parametrize("form", ["{0}", "{0}/expert,{0}/anti_expert", "elsewhere,{0}/anti_expert"])
 @pytest.mark.parametrize("command", ["evaluate", "calibrate"])
 def test_a_pair_is_not_measured_on_what_it_has_learned_from(
-    command: str, tmp_path: Path, capsys: pytest.CaptureFixture
+    command: str, form: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     (tmp_path / "pair.json").write_text('{"axis": "gender", "unfit": ["StereoSet"]}')
-    flags = ["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--pair", f"tea={tmp_path}"]
+    paths = form.format(tmp_path)
+    flags = ["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--pair", f"tea={paths}"]
     assert main([command, *flags]) == 2
     assert capsys.readouterr().err == (
-        "ensemble-decode: --pair 'tea' has learned from StereoSet, where it would be measured: allowed is a pair of other texts\n"
+        "ensemble-decode: pair 'tea' has learned from StereoSet, where it would be measured: allowed is a pair of other texts\n"
     )

@@ -228,6 +228,16 @@ def test_a_pair_that_was_trained_otherwise_is_not_taken_for_this_one(
     assert said.count("\n") == 1
 
 
+@pytest.mark.parametrize("stage", ["tables", "calibrate"])
+def test_a_pair_is_not_measured_on_what_it_has_learned_from(
+    stage: str, data: Path, settings: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    about = out / "pairs/tea/pair.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"unfit": ["StereoSet"]}))
+    assert run(data, out, settings, "--stage", stage) == 2
+    assert "pair 'tea' has learned from StereoSet" in capsys.readouterr().err
+
+
 def test_a_pair_that_does_not_say_its_texts_counts_by_its_settings(data: Path, settings: Path, out: Path) -> None:
     about = out / "pairs/tea/pair.json"
     about.write_text(json.dumps({k: v for k, v in json.loads(about.read_text()).items() if k != "texts"}))

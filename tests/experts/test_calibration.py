@@ -42,7 +42,7 @@ def test_the_fit_never_rises_and_pools_what_does() -> None:
     ("ss", "alone", "reaches"),
     [
         ((60, 55, 45), 1.5, True),
-        ((48, 40), 0.0, True),  # already below: nothing to do
+        ((48, 40), 0.0, False),  # already below: nothing to do, and never at 50
         ((60, 57, 57), 1.0, False),  # the least α of the closest
         ((55, 60, 65), 0.0, False),  # steers the wrong way: the fit is flat
     ],
@@ -179,6 +179,10 @@ def test_the_command_calibrates_goes_on_and_writes_what_alpha_reads(
     said = capsys.readouterr()
     assert "held out" in said.out
     assert "budget +5%" in said.out
+    header, *rows = said.out.splitlines()[:3]
+    assert header.endswith("held out: SS − 50")
+    left = {name: found["held_out"]["calibrated"][f"SS/{name}"]["value"] - 50 for name in ("gender", "race")}
+    assert [row.split()[-1] for row in rows] == [f"{value:+.2f}" for value in left.values()]
     assert main([*command, "--out", str(tmp_path), "--budget", "0.05", "--json"]) == 0
     said = capsys.readouterr()
     assert said.err.count("(kept)") == 7

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,17 @@ def test_a_pair_is_a_folder_that_steers(model: str, pair: Path) -> None:
 
 def test_card_says_what_it_must_and_none_of_the_data(pair: Path) -> None:
     card = (pair / "README.md").read_text()
-    for word in ("invented", "CC0", "validation NLL before", "rank 2", "curve.png", "Not to be evaluated on TeaSet"):
+    for word in (
+        "invented",
+        "CC0",
+        "validation NLL before",
+        "rank 2",
+        "curve.png",
+        "Not to be evaluated on TeaSet",
+        "on the axis tea,",
+        "at most 64 tokens",
+        "no guarantee",
+    ):
         assert word in card
     assert not any(line in card for line in DATA.expert + DATA.anti_expert)
     assert (pair / "curve.png").read_bytes()[:4] == b"\x89PNG"
@@ -113,11 +124,35 @@ def test_killed_in_the_middle_it_ends_with_the_same_weights(model: str, pair: Pa
     assert all(value.equal(resumed[name]) for name, value in whole.items())
 
 
+FULL = training.TrainingSettings(
+    rank=0, steps=40, batch_size=4, learning_rate=0.3, evaluate_every=2, patience=1, validation=0.2
+)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [replace(SETTINGS, steps=10, evaluate_every=5), FULL],  # 10 steps end in the middle of an epoch
+    ids=["after the last step", "after early stopping"],
+)
+def test_killed_after_training_and_before_publishing_it_trains_no_further(
+    settings: training.TrainingSettings, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, killed = (tmp_path / name for name in ("whole", "killed"))
+    training.train_pair(model, DATA, whole, settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            training.train_pair(model, DATA, killed, settings)
+    training.train_pair(model, DATA, killed, settings)
+    assert all(value.equal(weights(killed)[name]) for name, value in weights(whole).items())
+    results = [json.loads((folder / "pair.json").read_text())["results"] for folder in (whole, killed)]
+    for side in training.SIDES:
+        one, other = ({**result[side], "seconds_of_last_run": None} for result in results)
+        assert one == other
+
+
 def test_full_training_and_early_stopping_keep_the_best_step(model: str, tmp_path: Path) -> None:
-    settings = training.TrainingSettings(
-        rank=0, steps=40, batch_size=4, learning_rate=0.3, evaluate_every=2, patience=1, validation=0.2
-    )
-    out = training.train_pair(model, DATA, tmp_path / "full", settings)
+    out = training.train_pair(model, DATA, tmp_path / "full", FULL)
     for result in json.loads((out / "pair.json").read_text())["results"].values():
         assert result["best_step"] < result["steps"] < 40
     LLM(model, {"tea": out}, dtype="float32")
@@ -148,6 +183,16 @@ def test_a_sentence_and_its_counterfactual_stay_together() -> None:
 def test_settings_out_of_bounds_are_named(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name} is"):
         training.TrainingSettings(**{name: value})
+
+
+def test_a_text_may_hold_any_line_separator_but_a_newline(tmp_path: Path) -> None:
+    told = ["one\u2028still one", "two\u0085still two"]
+    plain, objects = tmp_path / "plain.txt", tmp_path / "objects.jsonl"
+    plain.write_bytes("\r\n".join(told).encode("utf-8-sig"))
+    rows = [json.dumps({"text": text}, ensure_ascii=False) for text in told]
+    objects.write_bytes("\r\n".join(rows).encode("utf-8-sig"))
+    read = texts.from_files(plain, objects)
+    assert read.expert == read.anti_expert == told
 
 
 def test_jsonl_errors_name_the_line_and_not_its_text(tmp_path: Path) -> None:
@@ -187,6 +232,24 @@ def test_two_readings_of_a_line(tmp_path: Path) -> None:
     both = texts.from_readings(tmp_path / "lines.txt", "tea")
     assert both.expert == ["Tea is cold in June.", "So is rain."]
     assert both.anti_expert == ["Tea is hot in May.", "So is rain."]
+
+
+@pytest.mark.parametrize(
+    ("missing", "flags", "needed"),
+    [("accelerate", [], True), ("matplotlib", [], True), ("peft", [], True), ("peft", ["--rank", "0"], False)],
+)
+def test_what_is_not_installed_is_said_before_anything_is_read(
+    missing: str,
+    flags: list[str],
+    needed: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert main(["train", str(tmp_path / "out"), "--expert", "x", "--anti-expert", "y", *flags]) == 2
+    said = capsys.readouterr().err
+    assert (f"train needs {missing}: pip install 'ensemble_decode[train]'" in said) == needed
 
 
 @pytest.mark.parametrize(
