@@ -5,9 +5,10 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+from ensemble_decode.evaluation.comparison import is_significant
 from ensemble_decode.evaluation.metric import Figure
 from ensemble_decode.evaluation.plots import Point, Series, line_plot, scatter_plot
-from ensemble_decode.evaluation.report import Report, beside, is_significant, number
+from ensemble_decode.evaluation.report import Report, beside, number
 
 #: metric → figures that are plotted against α, the level that is aimed at, and what it means.
 _AGAINST_ALPHA: dict[str, tuple[str, str, float | None, str]] = {
