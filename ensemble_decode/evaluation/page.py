@@ -52,7 +52,7 @@ def _alpha_plots(report: Report, alphas: dict[str, float]) -> list[dict[str, Any
     plots = []
     for metric, (figure, title, rule, note) in _AGAINST_ALPHA.items():
         known = report.results[order[0]].get(metric, {})
-        names = [name for name in known if name.partition("/")[0] == figure and known[name].low is not None]
+        names = [name for name in known if name.partition("/")[0] == figure and known[name].n is not None]
         lines = []
         for name in names:
             points = [
