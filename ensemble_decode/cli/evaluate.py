@@ -47,7 +47,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--alpha",
         metavar="A,A,…",
-        help="strengths of all pairs; @calibration.json: each pair's, as the system 'calibrated' (default 0,1; 0 without a pair or with --system)",
+        help="strengths of all pairs, 0 (the target alone) always first; @calibration.json: each pair's, as the system 'calibrated' "
+        "(default 1; 0 without a pair or with --system)",
     )
     command.add_argument(
         "--system",
@@ -56,6 +57,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar=FORM,
         help="a system of your own, repeatable, e.g. 'one pair: alpha=gender=1', 'min-p: alpha=1; top_p=1; min_p=0.1; "
         "nucleus=target' or 'trigger: alpha=0; trigger=TEXT'; what is not named is as in the paper",
+    )
+    command.add_argument(
+        "--baseline",
+        default=TARGET,
+        metavar="NAME",
+        help="the system that all others are compared with (default target)",
     )
     command.add_argument("--data", required=True, help="folder of the corpora; what is missing there is said")
     command.add_argument(
@@ -90,6 +97,8 @@ def run(args: argparse.Namespace) -> int:
     data, out = Path(args.data).expanduser(), Path(args.out).expanduser()
     metrics = _metrics(args, out)
     specs = _systems(args)
+    if args.baseline not in (names := [spec.name for spec in specs]):
+        raise CommandError(f"--baseline is {args.baseline!r}, allowed are {', '.join(names)}")
     if args.limit is not None and args.limit < 1:
         raise CommandError(f"--limit is {args.limit}, allowed is 1 or more")
     if not data.is_dir():
@@ -118,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
         results = run_tasks(done, data, out, args.limit, say=lambda line: None)
         about["interrupted"] = f"after {len(done)} of {len(tasks)} measurements"
         print(f"interrupted: what is done is kept in {out}, the same command goes on from there", file=sys.stderr)
-    report = Report(results, about, compare_all(done, out, TARGET), TARGET)
+    report = Report(results, about, compare_all(done, out, args.baseline), args.baseline)
     write(out / "report.json", report.to_json())
     write(out / "report.md", report.to_markdown())
     alphas = dict(zip([spec.name for spec in specs], _alphas(args), strict=False))  # the sweep comes first
@@ -211,7 +220,7 @@ def _alphas(args: argparse.Namespace) -> list[float]:
         return [0.0, 1.0] if args.pair and not args.system else [0.0]
     try:
         numbers = [part for part in args.alpha.split(",") if not part.startswith("@")]
-        alphas = list(dict.fromkeys(map(float, numbers)))
+        alphas = list(dict.fromkeys([0.0, *map(float, numbers)]))  # others are compared with the target
     except ValueError:
         raise CommandError(f"--alpha is {args.alpha!r}, allowed are numbers and @FILE with commas between") from None
     if not args.pair and (any(alphas) or "@" in args.alpha):

@@ -6,12 +6,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeGuard
 
 import numpy as np
 
 from ensemble_decode.evaluation.estimate import Estimate
 from ensemble_decode.evaluation.runner import Task
 from ensemble_decode.evaluation.statistics import holm, interval, two_sided
+
+#: A difference whose corrected p-value is below this is marked.
+SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +32,11 @@ class Comparison:
     p: float
     p_holm: float
     n: int
+
+
+def is_significant(test: Comparison | None) -> TypeGuard[Comparison]:
+    """Whether there is a difference, and chance alone hardly explains it."""
+    return test is not None and test.p_holm < SIGNIFICANT
 
 
 #: Comparisons by system, metric and figure.

@@ -46,8 +46,8 @@ class Estimate:
         return self.statistic(resample(self.values, resamples))
 
     def figure(self, resamples: int) -> Figure:
-        """Value, 95 % interval, chance and number of units."""
-        low, high = interval(self.replicates(resamples), len(self.units))
+        """Value, 95 % interval, chance and number of units. One unit has no interval: its resamples are all alike."""
+        low, high = interval(self.replicates(resamples), len(self.units)) if len(self.units) > 1 else (None, None)
         return Figure(self.value, low, high, self.chance, len(self.units))
 
     def only(self, units: Sequence[Hashable]) -> Estimate:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+from ensemble_decode.evaluation.comparison import is_significant
 from ensemble_decode.evaluation.metric import Figure
 from ensemble_decode.evaluation.plots import Point, Series, line_plot, scatter_plot
-from ensemble_decode.evaluation.report import Report, beside, is_significant, number
+from ensemble_decode.evaluation.report import Report, beside, number
 
 #: metric → figures that are plotted against α, the level that is aimed at, and what it means.
 _AGAINST_ALPHA: dict[str, tuple[str, str, float | None, str]] = {
@@ -51,7 +52,7 @@ def _alpha_plots(report: Report, alphas: dict[str, float]) -> list[dict[str, Any
     plots = []
     for metric, (figure, title, rule, note) in _AGAINST_ALPHA.items():
         known = report.results[order[0]].get(metric, {})
-        names = [name for name in known if name.partition("/")[0] == figure and known[name].low is not None]
+        names = [name for name in known if name.partition("/")[0] == figure and known[name].n is not None]
         lines = []
         for name in names:
             points = [

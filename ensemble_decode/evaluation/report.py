@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ensemble_decode.evaluation.comparison import Comparison, Comparisons
+from ensemble_decode.diagnosis import Finding
+from ensemble_decode.evaluation.comparison import SIGNIFICANT, Comparison, Comparisons, is_significant
+from ensemble_decode.evaluation.findings import find
 from ensemble_decode.evaluation.metric import Figure
 from ensemble_decode.evaluation.runner import Results, dump
-
-#: A difference whose corrected p-value is below this is marked.
-SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +33,7 @@ class Report:
     baseline: str = "target"
 
     def to_json(self) -> str:
-        """``{"about": …, "results": {system: {metric: {figure: {"value": …, …}}}}, "comparisons": {"baseline": …, …}}``."""
+        """``{"about": …, "results": {system: {metric: {figure: {"value": …, …}}}}, "comparisons": {"baseline": …, …}, "findings": …}``."""
         plain = {
             system: {m: {name: asdict(figure) for name, figure in figures.items()} for m, figures in metrics.items()}
             for system, metrics in self.results.items()
@@ -49,14 +48,17 @@ class Report:
                 "systems": list(self.results),
                 "results": plain,
                 "comparisons": {"baseline": self.baseline, "systems": tests},
+                "findings": {name: [asdict(one) for one in found] for name, found in self.findings().items()},
             }
         )
 
     def to_markdown(self) -> str:
-        """One table a metric: a row a figure, a column a system; then the differences from the baseline."""
+        """What was found; one table a metric: a row a figure, a column a system; then the differences from the baseline."""
         lines = ["# Evaluation", "", *[f"* {key}: {value}" for key, value in self.about.items()], ""]
         if self.quick_look:
             lines += [f"**{self.quick_look}**", ""]
+        if said := self._said():
+            lines += ["## Findings", "", *[f"* {line}" for line in said], ""]
         for table in self.tables():
             lines += [f"## {table.metric}", "", *_markdown(table.header, table.rows), ""]
             if table.differences:
@@ -65,12 +67,21 @@ class Report:
         return "\n".join([*lines, *self.legend()]) + "\n"
 
     def to_text(self) -> str:
-        """The tables for a terminal; * marks a difference from the baseline."""
+        """The tables for a terminal, then what was found; * marks a difference from the baseline."""
         blocks = [self.quick_look] if self.quick_look else []
         for table in self.tables():
             rows = columns([table.header, *table.rows]).splitlines()
             blocks.append("\n".join([table.metric, *["  " + row for row in rows]]))
+        if said := self._said():
+            blocks.append("\n".join(["findings", *["  " + line for line in said]]))
         return "\n\n".join([*blocks, "\n".join(self.legend())])
+
+    def findings(self) -> dict[str, list[Finding]]:
+        """What was found of each system against the baseline, in words; a system of which nothing was found is left out."""
+        return find(self.results, self.comparisons, self.baseline)
+
+    def _said(self) -> list[str]:
+        return [f"{name}: {finding.message}" for name, found in self.findings().items() for finding in found]
 
     @property
     def quick_look(self) -> str:
@@ -135,10 +146,6 @@ def beside(figures: Sequence[Figure | None]) -> tuple[list[str], list[str]]:
             for note, text in zip(notes, texts, strict=True):
                 note += [f"{name} {text}"] if text else []
     return [", ".join(note) for note in notes], shared
-
-
-def is_significant(test: Comparison | None) -> bool:
-    return test is not None and test.p_holm < SIGNIFICANT
 
 
 def number(value: float) -> str:

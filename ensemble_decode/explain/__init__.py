@@ -1,1 +1,1 @@
-"""What each pair did to each token: analysis, diagnosis, and ways to show them. ``LLM.explain`` is the way in."""
+"""What each pair did to each token: analysis, and ways to show them. ``LLM.explain`` is the way in."""

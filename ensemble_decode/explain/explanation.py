@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ensemble_decode.explain.diagnosis import Finding, disagreeing_experts, no_shift
+from ensemble_decode.diagnosis import Finding, disagreeing_experts, no_shift
 
 if TYPE_CHECKING:
     import pandas

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,8 @@ def draw_frontier(stage: Json, path: Path) -> None:
         axes.errorbar(
             x["value"],
             y["value"],
-            xerr=[[x["value"] - x["low"]], [x["high"] - x["value"]]],
-            yerr=[[y["value"] - y["low"]], [y["high"] - y["value"]]],
+            xerr=_reach(x),
+            yerr=_reach(y),
             fmt="o",
             color=f"C{number % 10}",
             elinewidth=0.8,
@@ -59,11 +60,21 @@ def draw_drift(stage: Json, measures: Mapping[str, str], path: Path) -> None:
             points.sort(key=lambda point: point[0])
             x = [place for place, _ in points]
             axes.plot(x, [f["value"] for _, f in points], "o-", color=f"C{number}", label=name, markersize=4)
-            axes.fill_between(
-                x, [f["low"] for _, f in points], [f["high"] for _, f in points], color=f"C{number}", alpha=0.12
-            )
+            low, high = zip(*(_bounds(f) for _, f in points), strict=True)
+            axes.fill_between(x, low, high, color=f"C{number}", alpha=0.12)
     panels[0].legend(fontsize="small")
     _save(figure, path)
+
+
+def _bounds(figure: Json) -> tuple[float, float]:
+    """The interval; NaN, which is not drawn, where one unit has none."""
+    return (math.nan, math.nan) if figure["low"] is None else (figure["low"], figure["high"])
+
+
+def _reach(figure: Json) -> list[list[float]]:
+    """How far the interval reaches below and above the value."""
+    low, high = _bounds(figure)
+    return [[figure["value"] - low], [high - figure["value"]]]
 
 
 def _new(x_label: str, y_label: str) -> tuple[Figure, Axes]:

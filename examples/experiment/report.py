@@ -9,8 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ensemble_decode.evaluation.comparison import SIGNIFICANT
 from ensemble_decode.evaluation.metric import Figure
-from ensemble_decode.evaluation.report import SIGNIFICANT, beside, number, with_interval
+from ensemble_decode.evaluation.report import beside, number, with_interval
 from examples.experiment.pictures import draw_calibration, draw_drift, draw_frontier
 
 TEMPLATE = Path(__file__).with_name("results.md.j2")

@@ -13,7 +13,7 @@ from ensemble_decode import SamplingParams
 from ensemble_decode.evaluation.comparison import compare, compare_all
 from ensemble_decode.evaluation.crows_pairs import CrowsPairs
 from ensemble_decode.evaluation.estimate import Estimate
-from ensemble_decode.evaluation.metric import Record, System
+from ensemble_decode.evaluation.metric import Figure, Record, System
 from ensemble_decode.evaluation.report import Report
 from ensemble_decode.evaluation.runner import make_tasks, run_tasks
 from ensemble_decode.evaluation.statistics import holm, interval, resample, two_sided
@@ -68,6 +68,13 @@ def test_few_units_don_t_seem_different_more_often_than_they_should(units: int) 
     assert 0.035 < np.mean(p_values < 0.05) < 0.075
     missed = [low > 0 or high < 0 for low, high in (interval(row, units) for row in replicates)]
     assert 0.035 < np.mean(missed) < 0.075
+
+
+def test_one_unit_has_no_interval() -> None:
+    """Its resamples are all alike: bounds without width would look like certainty."""
+    assert estimate(np.array([3.0])).figure(50) == Figure(3.0, n=1)
+    two = estimate(np.array([3.0, 4.0])).figure(50)
+    assert (two.low, two.high) == (3, 4)
 
 
 def test_p_by_hand() -> None:

@@ -83,6 +83,16 @@ def test_the_page_says_what_a_reader_must_know(report: Report) -> None:
     assert "<svg" not in render(Report({"target": {"m": {"x": Figure(1.0)}}}, {}), {"target": 0.0})
 
 
+def test_what_one_unit_shows_is_plotted_without_an_interval(report: Report) -> None:
+    results = {
+        name: {"perplexity-paper": {"PPL": Figure(25.0, n=1), "PPL/window": Figure(992)}} for name in report.results
+    }
+    text = render(Report(results, {}), ALPHAS)
+    assert text.count("<circle") == 3
+    assert 'class="band"' not in text
+    assert 'class="bar"' not in text
+
+
 def test_chance_and_n_stand_in_the_cells_where_systems_differ_in_them() -> None:
     """A gap's chance is its system's own: one number for all made a system seem biased, or not."""
     figures = {"target": Figure(0.02, 0.01, 0.03, 0.0125, 40), "α 1": Figure(0.03, 0.02, 0.04, 0.0225, 40)}

@@ -14,7 +14,7 @@ import pytest
 from ensemble_decode import LLM, SamplingParams
 from ensemble_decode.cli import main
 from ensemble_decode.cli.common import CommandError, identity
-from ensemble_decode.cli.evaluate import _about, add_arguments
+from ensemble_decode.cli.evaluate import _about, _systems, add_arguments
 from ensemble_decode.cli.systems import parse_system, sweep
 from ensemble_decode.evaluation.bold import DOMAINS, Continuations, paper_params
 from ensemble_decode.evaluation.classifiers import ClassifierSource
@@ -162,6 +162,23 @@ def test_the_same_run_twice_writes_the_same_bytes_and_generates_once(
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == files
 
 
+@pytest.mark.parametrize("alpha", ["1", "1,0", "0,1"])
+def test_the_target_is_measured_first_whatever_alpha_says(alpha: str) -> None:
+    parser = ArgumentParser()
+    add_arguments(parser)
+    args = parser.parse_args(["--data", "d", "--out", "o", "--pair", "a=b,c", "--alpha", alpha])
+    assert [spec.name for spec in _systems(args)] == ["target", "α 1"]
+
+
+def test_the_baseline_may_be_any_system(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command, "--baseline", "tigger"]) == 2
+    assert capsys.readouterr().err == ("ensemble-decode: --baseline is 'tigger', allowed are target, greedy, trigger\n")
+    assert main([*command, "--baseline", "trigger"]) == 0
+    comparisons = json.loads(capsys.readouterr().out)["comparisons"]
+    assert comparisons["baseline"] == "trigger"
+    assert comparisons["systems"].keys() == {"target", "greedy"}
+
+
 def test_a_calibration_s_file_is_a_system_of_the_sweep(
     command: list[str], models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -170,7 +187,7 @@ def test_a_calibration_s_file_is_a_system_of_the_sweep(
     assert main([*command, "--alpha", f"0,@{file}"]) == 2
     assert "without a --pair" in capsys.readouterr().err
     pair = ["--pair", f"a={models.adapter('llama', 1)},{models.adapter('llama', 2)}"]
-    assert main([*command, *pair, "--alpha", f"0,@{file}", "--prompts", "1", "--samples", "1"]) == 0
+    assert main([*command, *pair, "--alpha", f"@{file}", "--prompts", "1", "--samples", "1"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["systems"] == ["target", "calibrated", "greedy", "trigger"]
     assert report["comparisons"]["systems"]["calibrated"]["diversity"]["distinct-1"]["difference"] != 0

@@ -340,6 +340,16 @@ def test_every_part_of_the_report(figures: Path) -> None:
     assert {path.name for path in (figures / "docs/pictures").iterdir()} == {"frontier.svg", "drift.svg"}
 
 
+def test_what_one_unit_shows_is_drawn_without_an_interval(figures: Path) -> None:
+    alone = {"value": 2.0, "low": None, "high": None, "chance": None, "n": 1}
+    for name, metric, key in (("tables", "perplexity-paper", "PPL"), ("long-form", "drift", "log-ratio/61")):
+        path = figures / f"{name}.json"
+        stage = json.loads(path.read_text())
+        stage["results"][stage["systems"][0]][metric][key] = alone
+        path.write_text(json.dumps(stage))
+    assert "| 2.00 |" in write_results(figures, figures / "docs").read_text()
+
+
 def test_words_are_printed_for_the_figures_that_they_were_written_for(
     figures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,18 @@ def page(explanation: Explanation, tmp_path: Path) -> Iterator[Page]:
         page.goto((tmp_path / "page.html").as_uri())
         yield page
         browser.close()
+
+
+def test_findings_stand_on_the_page_and_in_the_terminal(explanation: Explanation) -> None:
+    """Planted: distributions that hardly move at α 2, and two pairs that undo each other."""
+    assert explanation.findings() == []
+    assert 'class="card finding"' not in explanation.to_html()
+    steps = [replace(step, hellinger=0.001) for step in explanation.steps]
+    failing = replace(explanation, steps=steps, moved={"gender": [2.0, -1.0], "race": [-2.0, 1.0]})
+    assert [finding.signature for finding in failing.findings()] == ["no shift", "experts disagree"]
+    for text in (failing.to_html(), failing.to_terminal()):
+        assert "α is up to 2" in text
+        assert "(cosine -1.00)" in text
 
 
 def test_page_in_a_browser(page: Page, tmp_path: Path) -> None:

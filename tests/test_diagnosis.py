@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ensemble_decode.explain.diagnosis import disagreeing_experts, disagreeing_metrics, no_shift, perplexity_rise
+from ensemble_decode.diagnosis import disagreeing_experts, disagreeing_metrics, no_shift, perplexity_rise
 
 
 def test_no_shift() -> None:
