@@ -5,7 +5,9 @@
     python benchmarks/ensemble_sample.py --vocab 128256 --batch 1 8 --no-peers
 
 Kinds of rows: "smollm2" are a real model's logits (SmolLM2-135M after three prompts, in its own vocabulary of 49152),
-"peaked" fall like Zipf's law, "flat" are normal with a standard deviation of 1: a nucleus of half the vocabulary.
+"peaked" fall like Zipf's law, "flat" are normal with a standard deviation of 1: a nucleus of half the vocabulary. The other
+vocabularies have made rows only: their models aren't at hand, and real logits repeated or left out to fill another vocabulary
+would have ties and a nucleus that no model has.
 
 Every call reads logits that are in no cache: inputs rotate through buffers several times as large as the last-level
 cache. "read" is the time to read the same bytes at the bandwidth that the fastest of three reductions of PyTorch

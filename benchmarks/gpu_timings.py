@@ -1,4 +1,4 @@
-"""What ``gpu.py`` times on a GPU: the sampling operator beside its peers, and the engine's decode step.
+"""What ``gpu.py`` runs on a GPU: the sampling operator beside its peers, the engine's decode step, and a planted bug.
 
 Timings of operators are of CUDA graphs that hold several calls: *cold* ones go round buffers of more than twice the L2 cache, *warm*
 ones stay on one. What a peer's call can't do inside a graph is timed without one, and marked so.
@@ -11,7 +11,7 @@ import importlib.util
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from ensemble_decode.models.ensemble import Ensemble
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 TOP_P, TEMPERATURE, ALPHA = 0.9, 0.8, 1.0
+#: Contenders that must not fail; the others are peers.
+OURS = ("chosen", "Triton, two launches", "Triton, one launch", "CUDA C++")
 #: (name, whether the pair steers, placement, whether steps are captured)
 STEP_MODES = (
     ("sequential groups, graph", True, "sequential", True),
@@ -51,6 +53,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 3,
     },
 }
+
+
+def in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 # ── the sampling operator ───────────────────────────────────────────────────────────────────────────────────────────
@@ -120,27 +126,34 @@ def contenders(vocab: int, batch: int, device: torch.device) -> dict[str, Callab
 
 
 def installed_peers(values: dict[str, Any]) -> dict[str, Callable[[Tensor, Tensor, Tensor], Any]]:
-    """FlashInfer's and vLLM's samplers behind the same combination, where they are installed."""
-    found: dict[str, Callable] = {}
+    """FlashInfer's and vLLM's samplers behind the same combination, where they are installed.
+
+    Each is imported by its own call: one that can't be imported fails alone.
+    """
 
     def scores(z: Tensor, e: Tensor, a: Tensor) -> Tensor:
         return (z.float() + ALPHA * (e[0].float() - a[0].float())) / TEMPERATURE
 
-    if importlib.util.find_spec("flashinfer") is not None:
+    def flashinfer(z: Tensor, e: Tensor, a: Tensor) -> Tensor:
         from flashinfer.sampling import top_p_sampling_from_probs
 
-        found["FlashInfer"] = lambda z, e, a: top_p_sampling_from_probs(scores(z, e, a).softmax(-1), TOP_P)
-    if importlib.util.find_spec("vllm") is not None:
+        return top_p_sampling_from_probs(scores(z, e, a).softmax(-1), TOP_P)
+
+    def vllm(z: Tensor, e: Tensor, a: Tensor) -> Tensor:
         from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p, random_sample
 
-        found["vLLM"] = lambda z, e, a: random_sample(
-            apply_top_k_top_p(scores(z, e, a), None, values["top_p"]).softmax(-1), {}
-        )
-    return found
+        return random_sample(apply_top_k_top_p(scores(z, e, a), None, values["top_p"]).softmax(-1), {})
+
+    peers = {"FlashInfer": flashinfer, "vLLM": vllm}
+    return {name: call for name, call in peers.items() if importlib.util.find_spec(name.lower()) is not None}
 
 
-def sample_times(vocab: int, batch: int, dtype: str, device: torch.device) -> dict[str, Any]:
-    """Microseconds a call, cold and warm, of every contender on rows that look like a language model's."""
+def sample_times(vocab: int, batch: int, dtype: str, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Microseconds a call, cold and warm, of every contender on rows that look like a language model's.
+
+    The result so far comes out after each contender. One that fails is told and stops nobody else, unless it broke the
+    device's context, in which everything after it would fail: then the device's error is raised.
+    """
     generator = torch.Generator(device).manual_seed(0)
 
     def logits() -> Tensor:
@@ -153,15 +166,16 @@ def sample_times(vocab: int, batch: int, dtype: str, device: torch.device) -> di
     count = max(2, math.ceil(2.5 * cache / one))
     first = (logits(), logits().unsqueeze(0), logits().unsqueeze(0))
     sets = [first, *(tuple(x.clone() for x in first) for _ in range(count - 1))]
-    out: dict[str, Any] = {"bytes": one, "times": {}}
+    times: dict[str, dict[str, Any]] = {}
     for name, call in contenders(vocab, batch, device).items():
         try:
             cold, graph = median_call(call, sets)
             warm, _ = median_call(call, [sets[0]] * 8)
-            out["times"][name] = {"cold": cold, "warm": warm, "graph": graph}
-        except Exception as error:  # a peer that fails is told, and stops nobody else
-            out["times"][name] = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
-    return out
+            times[name] = {"cold": cold, "warm": warm, "graph": graph}
+        except Exception as error:
+            times[name] = {"failed": in_one_line(error)}
+        yield {"bytes": one, "times": times}
+        torch.cuda.synchronize(device)
 
 
 def median_call(call: Callable, sets: list[Any]) -> tuple[float, bool]:
@@ -173,6 +187,7 @@ def median_call(call: Callable, sets: list[Any]) -> tuple[float, bool]:
             call(*arguments)
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())  # the inputs are made there
     with torch.cuda.stream(side):
         for _ in range(3):
             every()
@@ -183,7 +198,7 @@ def median_call(call: Callable, sets: list[Any]) -> tuple[float, bool]:
         with torch.cuda.graph(graph):
             every()
         run, captured = graph.replay, True
-    except RuntimeError:
+    except Exception:  # what it may not do in a capture differs by peer
         torch.cuda.synchronize()
     times = []
     for _ in range(rounds):
@@ -197,16 +212,21 @@ def median_call(call: Callable, sets: list[Any]) -> tuple[float, bool]:
 
 
 # ── the engine's step ───────────────────────────────────────────────────────────────────────────────────────────────
-def random_models(root: Path) -> tuple[str, str, str]:
-    """Folders of a target and two experts with random weights in :data:`SHAPES`."""
+def random_models(root: Path, device: torch.device) -> tuple[str, str, str]:
+    """Folders of a target and two experts with random weights in :data:`SHAPES`; those that are there already are kept."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     folders = []
     for number, (name, shape) in enumerate((("target", "target"), ("expert", "expert"), ("anti", "expert"))):
-        torch.manual_seed(number)
-        config = LlamaConfig(vocab_size=49152, max_position_embeddings=8192, **SHAPES[shape])
-        folders.append(str(root / name))
-        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folders[-1])
+        folder, unfinished = root / name, root / f"{name}-unfinished"
+        if not folder.exists():
+            torch.manual_seed(number)
+            config = LlamaConfig(vocab_size=49152, max_position_embeddings=8192, **SHAPES[shape])
+            with device:  # a CPU takes a minute for two billion random numbers
+                model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            model.save_pretrained(unfinished)
+            unfinished.rename(folder)
+        folders.append(str(folder))
     return folders[0], folders[1], folders[2]
 
 
@@ -242,14 +262,34 @@ def step_time(ensemble: Ensemble, mode: str, batch: int, context: int, rounds: i
     blocks = batch * -(-(context + 1) // BLOCK_SIZE)
     runner = Runner(ensemble, blocks, placement, graphs=graphs)  # type: ignore[arg-type]
     work = decode_batch(ensemble, batch, context, steered)
-    for _ in range(5):
-        runner.execute(work)
     times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        runner.execute(work)
-        times.append((time.perf_counter() - start) * 1e3)
-    captured = runner.graphs.replays if runner.graphs is not None else 0
-    runner.close()
+    try:
+        for _ in range(5):
+            runner.execute(work)
+        for _ in range(rounds):
+            start = time.perf_counter()
+            runner.execute(work)
+            times.append((time.perf_counter() - start) * 1e3)
+        captured = runner.graphs.replays if runner.graphs is not None else 0
+    finally:
+        runner.close()
     times.sort()
     return {"median": statistics.median(times), "p90": times[int(0.9 * rounds)], "replays": captured}
+
+
+# ── a control for memcheck ──────────────────────────────────────────────────────────────────────────────────────────
+class Overlong:
+    """Memory of 1000 logits that claims to hold 1024: what lies between belongs to no other allocation."""
+
+    def __init__(self, device: str) -> None:
+        self.memory = torch.zeros(1000, device=device)
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {"shape": (1, 1024), "typestr": "<f4", "data": (self.memory.data_ptr(), False), "version": 3}
+
+
+def read_past_the_end(device: str = "cuda") -> None:
+    """The sampling operator reads logits past the end of their memory."""
+    ops.ensemble_sample(torch.as_tensor(Overlong(device), device=device), temperature=1.0, seed=0, position=0)
+    torch.cuda.synchronize()
