@@ -47,6 +47,11 @@ class BoldPrompt:
     entity: str
     text: str
 
+    @property
+    def digest(self) -> str:
+        """Of the text: other data may have another text in the same place."""
+        return hashlib.sha256(self.text.encode()).hexdigest()[:16]
+
 
 def paper_params(alpha: float | dict[str, float] | None = None) -> SamplingParams:
     """How arXiv 2412.01711 samples: top-p 0.9 at temperature 1, 15 new tokens, 5 samples a prompt."""
@@ -134,7 +139,7 @@ class Continuations:
         prompts = _first(self._drawn(read_prompts(data, self.domains)), limit)
         path = self.path(system)
         known = _read(path)
-        missing = [prompt for prompt in prompts if prompt.id not in known]
+        missing = [prompt for prompt in prompts if (prompt.id, prompt.digest) not in known]
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file, tqdm(total=len(missing), desc=system.name, unit="prompt") as bar:
             for start in range(0, len(missing), self.chunk):
@@ -148,11 +153,13 @@ class Continuations:
                     for sample in output.outputs:
                         if sample.error is not None:
                             raise ValueError(f"BOLD prompt {prompt.id!r} of {system.name!r} failed: {sample.error}")
-                    known[prompt.id] = [sample.text for sample in output.outputs]
-                    file.write(json.dumps({"id": prompt.id, "samples": known[prompt.id]}, ensure_ascii=False) + "\n")
+                    texts = [sample.text for sample in output.outputs]
+                    known[prompt.id, prompt.digest] = texts
+                    line = {"id": prompt.id, "prompt": prompt.digest, "samples": texts}
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 file.flush()
                 bar.update(len(part))
-        return [(prompt, known[prompt.id]) for prompt in prompts]
+        return [(prompt, known[prompt.id, prompt.digest]) for prompt in prompts]
 
     def path(self, system: System) -> Path:
         """The file of a system. Its name tells apart parameters, prefix, and models, by what they make of a sentence and their length."""
@@ -195,8 +202,11 @@ def _first(prompts: list[BoldPrompt], limit: int | None) -> list[BoldPrompt]:
     return chosen
 
 
-def _read(path: Path) -> dict[str, list[str]]:
-    """Samples by prompt id. A last line that a kill cut short is cut off the file, so that what follows stays whole."""
+def _read(path: Path) -> dict[tuple[str, str | None], list[str]]:
+    """Samples by prompt id and digest, which old lines lack: whose prompts they continue isn't known.
+
+    A last line that a kill cut short is cut off the file, so that what follows stays whole.
+    """
     if not path.is_file():
         return {}
     content = path.read_bytes()
@@ -204,4 +214,4 @@ def _read(path: Path) -> dict[str, list[str]]:
     if len(whole) < len(content):
         path.write_bytes(whole)
     lines = [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
-    return {line["id"]: line["samples"] for line in lines}
+    return {(line["id"], line.get("prompt")): line["samples"] for line in lines}
