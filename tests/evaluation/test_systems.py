@@ -130,8 +130,10 @@ def test_perplexity_after_a_trigger_counts_the_window_s_tokens(tmp_path: Path) -
     assert first == second | {"begin": 0, "end": 3}
     assert first["tokens"] == 2
     assert first["nll"] == pytest.approx((3 + 4) * 0.693147, rel=1e-5)
-    with pytest.raises(ValueError, match=r"window is 39, allowed is 2 … 37"):
-        Perplexity(window=39).lengths(40, 2)
+    with pytest.raises(
+        ValueError, match=r"window is 40, allowed is 2 … 39 \(the model's length and one, less the trigger"
+    ):
+        Perplexity(window=40).lengths(40, 2)
 
 
 @pytest.fixture
