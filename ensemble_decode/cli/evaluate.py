@@ -111,13 +111,19 @@ def run(args: argparse.Namespace) -> int:
     tasks = make_tasks(systems, metrics, identity(args), data, args.limit)
     tasks = share_forwards(tasks, out / "records")
     about, done = _about(args, metrics), tasks
+    failed: Exception | None = None
     try:
         results = run_tasks(tasks, data, out, args.limit, say=lambda line: print(line, file=sys.stderr))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, ValueError, OSError) as error:
         done = [task for task in tasks if task.path(out / "records").is_file()]
         results = run_tasks(done, data, out, args.limit, say=lambda line: None)
         about["interrupted"] = f"after {len(done)} of {len(tasks)} measurements"
-        print(f"interrupted: what is done is kept in {out}, the same command goes on from there", file=sys.stderr)
+        if isinstance(error, KeyboardInterrupt):
+            print(f"interrupted: what is done is kept in {out}, the same command goes on from there", file=sys.stderr)
+        elif not done:
+            raise
+        else:
+            failed = error
     report = Report(results, about, compare_all(done, out, TARGET), TARGET)
     write(out / "report.json", report.to_json())
     write(out / "report.md", report.to_markdown())
@@ -128,6 +134,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(report.to_text())
         print("\n" + ", ".join(str(out / f"report.{kind}") for kind in ("html", "md", "json")))
+    if failed is not None:
+        raise failed
     return 130 if "interrupted" in about else 0
 
 

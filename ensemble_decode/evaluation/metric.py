@@ -36,6 +36,17 @@ class System:
         """The prefix in tokens, with the beginning-of-text token where the tokenizer puts one."""
         return self._tokenizer()(self.prefix)["input_ids"] if self.prefix else []
 
+    @property
+    def start_id(self) -> int:
+        """The token before a text's first where the tokenizer puts none: the beginning-of-text token, else the end-of-text token."""
+        tokenizer = self._tokenizer()
+        start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        if start is None:
+            raise ValueError(
+                "scoring a first token needs a tokenizer with a beginning- or end-of-text token, this model has none"
+            )
+        return start
+
     def encode(self, text: str) -> list[int]:
         """A text that :meth:`score` takes: with the beginning-of-text token where the tokenizer puts one, if no prefix has it."""
         return self._tokenizer()(text, add_special_tokens=not self.prefix)["input_ids"]

@@ -211,6 +211,31 @@ def test_ctrl_c_reports_what_is_done(
     assert report["about"]["interrupted"] == "after 2 of 3 measurements"
 
 
+def test_an_error_in_a_metric_reports_what_is_done(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Diversity.run
+
+    def failing(self: Diversity, system: System, data: Path, limit: int | None = None) -> list[Record]:
+        if system.name in failed:
+            raise ValueError("it has no token")
+        return run(self, system, data, limit)
+
+    monkeypatch.setattr(Diversity, "run", failing)
+    failed = ["target", "trigger"]
+    assert main(command) == 2
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "out" / "report.json").exists()  # nothing is done
+    failed.remove("target")
+    assert main(command) == 2
+    shown = capsys.readouterr()
+    assert shown.err.splitlines()[-1] == "ensemble-decode: it has no token"
+    report = json.loads(shown.out)
+    assert report == json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["systems"] == ["target", "greedy"]
+    assert report["about"]["interrupted"] == "after 2 of 3 measurements"
+
+
 def test_stand_ins_label_the_text_and_are_named_in_every_report(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
