@@ -105,9 +105,11 @@ def run(args: argparse.Namespace) -> int:
     llm = load_model(args)
     systems = [spec.of(llm) for spec in specs]
     for metric in metrics:
-        if isinstance(metric, Perplexity):  # its window depends on the model, and on a trigger
-            for system in systems:
+        for system in systems:
+            if isinstance(metric, Perplexity):  # its window depends on the model, and on a trigger
                 metric.lengths(llm.ensemble.layout.max_model_len, len(system.prefix_ids))
+            if (text := getattr(metric, "continuations", None)) is not None:
+                text.beams(system)  # too few are said before the first metric
     tasks = make_tasks(systems, metrics, identity(args), data, args.limit)
     tasks = share_forwards(tasks, out / "records")
     about, done = _about(args, metrics), tasks

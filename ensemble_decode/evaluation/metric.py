@@ -23,13 +23,15 @@ class System:
     """A model with its decoding parameters, under the name that reports give it.
 
     ``params`` holds α and, for generated text, how to sample; scoring takes α alone from it. ``prefix`` stands before
-    every prompt with no space between (the Trigger baseline).
+    every prompt with no space between (the Trigger baseline). With a ``beam_width`` text is not sampled: of ``params`` α alone
+    counts, and a prompt's samples are its best beams.
     """
 
     name: str
     llm: LLM
     params: SamplingParams
     prefix: str = ""
+    beam_width: int | None = None
 
     @property
     def prefix_ids(self) -> list[int]:
