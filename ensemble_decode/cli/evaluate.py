@@ -114,19 +114,27 @@ def run(args: argparse.Namespace) -> int:
     llm = load_model(args)
     systems = [spec.of(llm) for spec in specs]
     for metric in metrics:
-        if isinstance(metric, Perplexity):  # its window depends on the model, and on a trigger
-            for system in systems:
+        for system in systems:
+            if isinstance(metric, Perplexity):  # its window depends on the model, and on a trigger
                 metric.lengths(llm.ensemble.layout.max_model_len, len(system.prefix_ids))
+            if (text := getattr(metric, "continuations", None)) is not None:
+                text.beams(system)  # too few are said before the first metric
     tasks = make_tasks(systems, metrics, identity(args), data, args.limit)
     tasks = share_forwards(tasks, out / "records")
     about, done = _about(args, metrics), tasks
+    failed: Exception | None = None
     try:
         results = run_tasks(tasks, data, out, args.limit, say=lambda line: print(line, file=sys.stderr))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, ValueError, OSError) as error:
         done = [task for task in tasks if task.path(out / "records").is_file()]
         results = run_tasks(done, data, out, args.limit, say=lambda line: None)
         about["interrupted"] = f"after {len(done)} of {len(tasks)} measurements"
-        print(f"interrupted: what is done is kept in {out}, the same command goes on from there", file=sys.stderr)
+        if isinstance(error, KeyboardInterrupt):
+            print(f"interrupted: what is done is kept in {out}, the same command goes on from there", file=sys.stderr)
+        elif not done:
+            raise
+        else:
+            failed = error
     report = Report(results, about, compare_all(done, out, args.baseline), args.baseline)
     write(out / "report.json", report.to_json())
     write(out / "report.md", report.to_markdown())
@@ -137,6 +145,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(report.to_text())
         print("\n" + ", ".join(str(out / f"report.{kind}") for kind in ("html", "md", "json")))
+    if failed is not None:
+        raise failed
     return 130 if "interrupted" in about else 0
 
 

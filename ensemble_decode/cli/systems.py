@@ -23,6 +23,7 @@ class SystemSpec:
     name: str
     params: SamplingParams
     prefix: str = ""
+    beam_width: int | None = None
 
     def of(self, llm: LLM) -> System:
         """The system; a pair that the model doesn't have is a ValueError."""
@@ -32,7 +33,7 @@ class SystemSpec:
             self.params.check(llm.ensemble.layout)
         except ValueError as error:
             raise CommandError(f"--system {self.name!r}: {error}") from None
-        return System(self.name, llm, self.params, self.prefix)
+        return System(self.name, llm, self.params, self.prefix, self.beam_width)
 
 
 def sweep(alphas: Sequence[float]) -> list[SystemSpec]:
@@ -46,7 +47,7 @@ def parse_system(text: str) -> SystemSpec:
     """A system from ``"NAME: key=value; …"``.
 
     Keys are α (a number, ``pair=number,pair=number``, or ``@calibration.json``; left out: each pair's own) and how to sample; what is not named
-    is as in arXiv 2412.01711 (top-p 0.9, temperature 1). ``trigger=`` comes last: all that follows it, spaces and
+    is as in arXiv 2412.01711 (top-p 0.9, temperature 1). ``beam_width`` searches instead of sampling. ``trigger=`` comes last: all that follows it, spaces and
     semicolons too, stands before every prompt and sentence.
 
     Raises
@@ -83,8 +84,11 @@ def parse_system(text: str) -> SystemSpec:
         except ValueError:
             allowed = _ALLOWED.get(key, "a number")
             raise CommandError(f"--system {name!r}: {key} is {value.strip()!r}, allowed is {allowed}") from None
+    width = values.pop("beam_width", None)
+    if width is not None and values.keys() - {"alpha"}:
+        raise CommandError(f"--system {name!r} says {', '.join(values)} with beam_width, allowed are alpha and trigger")
     try:
-        return SystemSpec(name, replace(paper_params(), **values), prefix)
+        return SystemSpec(name, replace(paper_params(), **values), prefix, width)
     except ValueError as error:
         raise CommandError(f"--system {name!r}: {error}") from None
 
@@ -99,6 +103,7 @@ _KEYS: dict[str, Callable[[str], Any]] = {
     "repetition_penalty": float,
     "presence_penalty": float,
     "frequency_penalty": float,
+    "beam_width": int,
     "trigger": str,
 }
-_ALLOWED = {"alpha": "a number, pair=number,pair=number or @FILE", "top_k": "an integer"}
+_ALLOWED = {"alpha": "a number, pair=number,pair=number or @FILE", "top_k": "an integer", "beam_width": "an integer"}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from ensemble_decode.corpora.source import Source, find
+from ensemble_decode.engine.beam_search import BeamSearchParams
 from ensemble_decode.engine.params import SamplingParams
 from ensemble_decode.evaluation.metric import System
 
@@ -46,6 +47,11 @@ class BoldPrompt:
     group: str
     entity: str
     text: str
+
+    @property
+    def digest(self) -> str:
+        """Of the text: other data may have another text in the same place."""
+        return hashlib.sha256(self.text.encode()).hexdigest()[:16]
 
 
 def paper_params(alpha: float | dict[str, float] | None = None) -> SamplingParams:
@@ -134,31 +140,37 @@ class Continuations:
         prompts = _first(self._drawn(read_prompts(data, self.domains)), limit)
         path = self.path(system)
         known = _read(path)
-        missing = [prompt for prompt in prompts if prompt.id not in known]
+        missing = [prompt for prompt in prompts if (prompt.id, prompt.digest) not in known]
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file, tqdm(total=len(missing), desc=system.name, unit="prompt") as bar:
             for start in range(0, len(missing), self.chunk):
                 part = missing[start : start + self.chunk]
-                outputs = system.llm.generate(
-                    [system.prefix + prompt.text for prompt in part],
-                    [self._params(system, prompt) for prompt in part],
-                    use_tqdm=False,
-                )
-                for prompt, output in zip(part, outputs, strict=True):
-                    for sample in output.outputs:
-                        if sample.error is not None:
-                            raise ValueError(f"BOLD prompt {prompt.id!r} of {system.name!r} failed: {sample.error}")
-                    known[prompt.id] = [sample.text for sample in output.outputs]
-                    file.write(json.dumps({"id": prompt.id, "samples": known[prompt.id]}, ensure_ascii=False) + "\n")
+                for prompt, texts in zip(part, self._continue(system, part), strict=True):
+                    known[prompt.id, prompt.digest] = texts
+                    line = {"id": prompt.id, "prompt": prompt.digest, "samples": texts}
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 file.flush()
                 bar.update(len(part))
-        return [(prompt, known[prompt.id]) for prompt in prompts]
+        return [(prompt, known[prompt.id, prompt.digest]) for prompt in prompts]
+
+    def beams(self, system: System) -> BeamSearchParams | None:
+        """How the system searches, None if it samples; ValueError if it has fewer beams than ``samples``."""
+        width = system.beam_width
+        if width is None:
+            return None
+        if width < self.samples:
+            raise ValueError(
+                f"beam_width of {system.name!r} is {width}, allowed is {self.samples} (the samples) or more"
+            )
+        return BeamSearchParams(beam_width=width, max_tokens=self.max_tokens, alpha=system.params.alpha)
 
     def path(self, system: System) -> Path:
         """The file of a system. Its name tells apart parameters, prefix, and models, by what they make of a sentence and their length."""
         score = system.llm.score(_PROBE, alpha=system.params.alpha)[0]
         logprobs = [None if value is None else round(value, 4) for value in score.logprobs]
         params = asdict(replace(system.params, n=self.samples, max_tokens=self.max_tokens, seed=self.seed))
+        if system.beam_width is not None:
+            params["beam_width"] = system.beam_width
         longest = system.llm.ensemble.layout.max_model_len  # where a text ends that is longer
         key = json.dumps([system.prefix, params, score.token_ids, logprobs, longest], sort_keys=True)
         name = re.sub(r"[^\w.=-]+", "_", system.name)
@@ -171,6 +183,22 @@ class Continuations:
         order = sorted(prompts, key=lambda prompt: hashlib.sha256(prompt.id.encode()).digest())
         chosen = {prompt.id for prompt in _first(order, self.prompts)}
         return [prompt for prompt in prompts if prompt.id in chosen]
+
+    def _continue(self, system: System, prompts: Sequence[BoldPrompt]) -> Iterator[list[str]]:
+        """The samples of each prompt, or its best beams."""
+        texts = [system.prefix + prompt.text for prompt in prompts]
+        beams = self.beams(system)
+        if beams is None:
+            outputs = system.llm.generate(texts, [self._params(system, p) for p in prompts], use_tqdm=False)
+            found = [([s.text for s in o.outputs], [s.error for s in o.outputs]) for o in outputs]
+        else:
+            searched = system.llm.beam_search(texts, beams, use_tqdm=False)
+            found = [([s.text or "" for s in o.sequences[: self.samples]], [o.error]) for o in searched]
+        for prompt, (samples, errors) in zip(prompts, found, strict=True):
+            for error in errors:
+                if error is not None:
+                    raise ValueError(f"BOLD prompt {prompt.id!r} of {system.name!r} failed: {error}")
+            yield samples
 
     def _params(self, system: System, prompt: BoldPrompt) -> SamplingParams:
         digest = hashlib.sha256(f"{self.seed}:{prompt.id}".encode()).digest()
@@ -195,8 +223,11 @@ def _first(prompts: list[BoldPrompt], limit: int | None) -> list[BoldPrompt]:
     return chosen
 
 
-def _read(path: Path) -> dict[str, list[str]]:
-    """Samples by prompt id. A last line that a kill cut short is cut off the file, so that what follows stays whole."""
+def _read(path: Path) -> dict[tuple[str, str | None], list[str]]:
+    """Samples by prompt id and digest, which old lines lack: whose prompts they continue isn't known.
+
+    A last line that a kill cut short is cut off the file, so that what follows stays whole.
+    """
     if not path.is_file():
         return {}
     content = path.read_bytes()
@@ -204,4 +235,4 @@ def _read(path: Path) -> dict[str, list[str]]:
     if len(whole) < len(content):
         path.write_bytes(whole)
     lines = [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
-    return {line["id"]: line["samples"] for line in lines}
+    return {(line["id"], line.get("prompt")): line["samples"] for line in lines}

@@ -10,7 +10,7 @@ import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from ensemble_decode.corpora.source import Source, find
 from ensemble_decode.evaluation.estimate import Estimate, figures_of, share
@@ -66,14 +66,7 @@ class CrowsPairs:
 def _begun(system: System, text: str) -> list[int]:
     """The text's tokens after something that the first of them is conditioned on."""
     ids = system.encode(text)
-    tokenizer: Any = system.llm.tokenizer
-    bos = tokenizer.bos_token_id
-    if system.prefix or (bos is not None and ids[:1] == [bos]):
-        return ids
-    start = tokenizer.eos_token_id if bos is None else bos
-    if start is None:
-        raise ValueError("crows_pairs needs a tokenizer with a beginning- or end-of-text token, this model has none")
-    return [start, *ids]
+    return ids if system.prefix or ids[:1] == [system.start_id] else [system.start_id, *ids]
 
 
 def _find(data: Path) -> Path:

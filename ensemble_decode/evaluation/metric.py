@@ -23,18 +23,31 @@ class System:
     """A model with its decoding parameters, under the name that reports give it.
 
     ``params`` holds α and, for generated text, how to sample; scoring takes α alone from it. ``prefix`` stands before
-    every prompt with no space between (the Trigger baseline).
+    every prompt with no space between (the Trigger baseline). With a ``beam_width`` text is not sampled: of ``params`` α alone
+    counts, and a prompt's samples are its best beams.
     """
 
     name: str
     llm: LLM
     params: SamplingParams
     prefix: str = ""
+    beam_width: int | None = None
 
     @property
     def prefix_ids(self) -> list[int]:
         """The prefix in tokens, with the beginning-of-text token where the tokenizer puts one."""
         return self._tokenizer()(self.prefix)["input_ids"] if self.prefix else []
+
+    @property
+    def start_id(self) -> int:
+        """The token before a text's first where the tokenizer puts none: the beginning-of-text token, else the end-of-text token."""
+        tokenizer = self._tokenizer()
+        start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        if start is None:
+            raise ValueError(
+                "scoring a first token needs a tokenizer with a beginning- or end-of-text token, this model has none"
+            )
+        return start
 
     def encode(self, text: str) -> list[int]:
         """A text that :meth:`score` takes: with the beginning-of-text token where the tokenizer puts one, if no prefix has it."""

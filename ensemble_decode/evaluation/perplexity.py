@@ -28,7 +28,7 @@ class Perplexity:
     """exp of the mean negative log-likelihood of a token.
 
     "paper" (arXiv 2412.01711): text with ``<unk>``, windows of the model's length − 32, no overlap. "huggingface" (the
-    guide of transformers): raw text, windows of the model's length, stride 512. The first token of a window has nothing
+    guide of transformers): raw text, windows of the model's length (less what a trigger takes of it), stride 512. The first token of a window has nothing
     before it and is not counted, after a trigger neither; with a stride below the window, a token is counted once, with the longest context.
 
     Records are one per window: the sum of its negative log-likelihoods, and its tokens.
@@ -39,6 +39,8 @@ class Perplexity:
     stride: int | None = None
     tokens: int | None = None
     resamples: int = 2000
+    #: Part of what records depend on: older windows of "huggingface" were a token shorter than the model's length.
+    longest: str = "the model's length"
     generates: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -82,12 +84,14 @@ class Perplexity:
         return figures_of(self.estimates(records), self.resamples) | {"PPL/window": Figure(longest)}
 
     def lengths(self, max_model_len: int, prefix: int = 0) -> tuple[int, int]:
-        """Window and stride for a model of this length. Scoring takes one position more than prefix and window."""
-        most = max_model_len - 1 - prefix
-        longest = max_model_len - 32 if self.protocol == "paper" else most
+        """Window and stride for a model of this length. The last token is scored, not computed: it takes no position."""
+        most = max_model_len + 1 - prefix
+        longest = max_model_len - 32 if self.protocol == "paper" else min(max_model_len, most)
         window = longest if self.window is None else self.window
         if not 2 <= window <= most:
-            raise ValueError(f"window is {window}, allowed is 2 … {most} (the model's length less one and the trigger)")
+            raise ValueError(
+                f"window is {window}, allowed is 2 … {most} (the model's length and one, less the trigger)"
+            )
         stride = self.stride or (window if self.protocol == "paper" else min(512, window))
         if stride > window:
             raise ValueError(f"stride is {stride}, allowed is at most the window, {window}")

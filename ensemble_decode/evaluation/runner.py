@@ -46,6 +46,8 @@ def make_tasks(
     for system in systems:
         alpha = _alpha(system)
         sampling = {k: v for k, v in asdict(system.params).items() if k != "stops"} | {"alpha": alpha}
+        if system.beam_width is not None:
+            sampling["beam_width"] = system.beam_width
         for metric in metrics:
             decoding = sampling if metric.generates else {"alpha": alpha}
             settings = {"metric": metric.name, **asdict(metric)}  # type: ignore[call-overload]

@@ -1,7 +1,8 @@
 """StereoSet (Nadeem et al. 2021): stereotype score, language-model score and ICAT.
 
-Intrasentence, a sentence's score is 2^(mean log2 p(token)): its first token conditioned on the beginning-of-text token alone,
-the others on the sentence without it, as the reference code of arXiv 2412.01711 does. A trigger is part of the sentence there,
+Intrasentence, a sentence's score is 2^(mean log2 p(token)): its first token conditioned on the beginning-of-text token alone
+(else the end-of-text token, which is GPT-2's too), the others on the sentence without it, as the reference code of
+arXiv 2412.01711 does. A trigger is part of the sentence there,
 its tokens count. Intersentence, it is the same mean over the sentence that follows the context, conditioned on the context;
 the published protocol asks a next-sentence classifier, which a causal model has not.
 """
@@ -90,13 +91,10 @@ class StereoSet:
 
 
 def sentence_scores(system: System, texts: Sequence[str]) -> list[float]:
-    """2^(mean log2 p(token)) of prefix and text, as one; a tokenizer without a beginning-of-text token is a ValueError."""
-    tokenizer = system.llm.tokenizer
-    if tokenizer is None or tokenizer.bos_token_id is None:
-        raise ValueError("stereoset needs a tokenizer with a beginning-of-text token, this model has none")
-    encoded = [tokenizer(system.prefix + text, add_special_tokens=False)["input_ids"] for text in texts]
+    """2^(mean log2 p(token)) of prefix and text, as one."""
+    encoded = [system.encode_more(system.prefix + text) for text in texts]
     firsts = sorted({ids[0] for ids in encoded})
-    prompts = [[tokenizer.bos_token_id, token] for token in firsts] + encoded
+    prompts = [[system.start_id, token] for token in firsts] + encoded
     scored = [score.logprobs for score in system.llm.score(prompts, alpha=system.params.alpha, use_tqdm=True)]
     first = {token: logprobs[1] for token, logprobs in zip(firsts, scored, strict=False)}
     totals = [

@@ -57,7 +57,8 @@ class SweptLLM:
 def share_forwards(tasks: Sequence[Task], records: Path) -> list[Task]:
     """The same tasks, metric by metric; those that only score text and are still to be run share one forward of the members.
 
-    A task with a prefix scores texts of its own, and keeps its LLM.
+    One alone goes that way too: a sweep's last bits are not :meth:`LLM.score`'s, and a run must write the same bytes wherever
+    it was interrupted. A task with a prefix scores texts of its own, and keeps its LLM.
     """
     found: list[Task] = []
     for name in dict.fromkeys(task.metric.name for task in tasks):
@@ -68,7 +69,7 @@ def share_forwards(tasks: Sequence[Task], records: Path) -> list[Task]:
             if not (task.metric.generates or task.system.prefix or task.path(records).is_file())
             and task.system.llm is same[0].system.llm
         ]
-        if len(missing) > 1:
+        if missing:
             swept = SweptLLM(same[0].system.llm, [task.system.params.alpha for task in missing])
             llm: Any = swept  # what metrics use of an LLM
             same = [replace(t, system=replace(t.system, llm=llm)) if t in missing else t for t in same]

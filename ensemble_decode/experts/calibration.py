@@ -47,7 +47,8 @@ _CLOSE = 1.0  # points of ICAT that are not worth any perplexity: some dozen ter
 class CalibrationSettings:
     """``budget`` is the perplexity that may be added, as a share; ``tokens`` are those of the validation text.
 
-    ``window`` is its windows' length, or what the model takes if that is less. ``examples`` takes at most so many StereoSet examples of each domain and half; None: all.
+    ``window`` is its windows' length, or the model's length if that is less. ``examples`` takes at most so many StereoSet
+    examples of each domain and half; None: all.
     """
 
     budget: float = 0.10
@@ -191,8 +192,7 @@ class Calibrator:
             if domain not in DOMAINS:
                 raise ValueError(f"pair {name!r} has the axis {domain!r}, allowed are {', '.join(DOMAINS)}")
         self.llm, self.axes, self.data, self.out = llm, dict(axes), data, out
-        # Scoring takes one position more than the window.
-        self.settings = replace(settings, window=min(settings.window, llm.ensemble.layout.max_model_len - 1))
+        self.settings = replace(settings, window=min(settings.window, llm.ensemble.layout.max_model_len))
         self._identity, self._say = dict(identity), say
 
     def run(self) -> Calibration:

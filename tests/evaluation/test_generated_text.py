@@ -127,6 +127,23 @@ def test_an_interrupted_run_goes_on_where_it_stopped(data, continuations):
     assert len({path, continuations.path(other), continuations.path(_system(max_model_len=32))}) == 3
 
 
+def test_continuations_are_of_one_text_of_a_prompt(data, continuations):
+    """Other data with the same ids, in the same folder; and lines from before a prompt's text was told apart."""
+    found = continuations.of(_system(), data)
+    file = data / "bold" / "prompts" / "gender_prompt.json"
+    file.write_text(file.read_text().replace("Al Fox says he was", "Al Fox writes that he was"))
+    system = _system()
+    continuations.of(system, data)
+    assert [prompt for prompt, _ in system.llm.asked] == ["Al Fox writes that he was"]
+    file.write_text(file.read_text().replace("writes that", "says"))
+    assert continuations.of(_system(fail_after=0), data) == found  # both are kept
+    path = continuations.path(system)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({"id": line["id"], "samples": line["samples"]}) + "\n" for line in lines))
+    continuations.of(system, data)
+    assert len(system.llm.asked) == 5
+
+
 def test_a_failed_sample_is_a_value_error_that_names_its_prompt(data, continuations, monkeypatch):
     monkeypatch.setattr(f"{__name__}._sample", lambda text: SimpleNamespace(text="", error="no memory"))
     with pytest.raises(ValueError, match="BOLD prompt 'gender/American_actors/0/0' of 'target' failed: no memory"):

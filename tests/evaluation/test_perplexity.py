@@ -11,7 +11,10 @@ from transformers import AutoModelForCausalLM
 from ensemble_decode import LLM, SamplingParams
 from ensemble_decode.evaluation.metric import System
 from ensemble_decode.evaluation.perplexity import Perplexity, read_text, windows
+from ensemble_decode.evaluation.swept import SweptLLM
 from ensemble_decode.models.smollm2 import smollm2_path
+from tests.conftest import Models
+from tests.models.test_loading import with_tokenizer
 
 
 def test_windows_count_each_token_once() -> None:
@@ -48,6 +51,25 @@ def test_equals_transformers_own_loop(protocol: str, stride: int, request: pytes
         if end == 288:
             break
     assert figures["PPL"].value == pytest.approx(math.exp(total / count), rel=0, abs=1e-4)
+
+
+@pytest.mark.parametrize("swept", [False, True])
+@pytest.mark.parametrize(
+    ("window", "prefix", "length"), [(None, "", 40), (40, "", 40), (41, "", 41), (None, "w5 w6 w7", 38)]
+)
+def test_a_window_of_the_model_s_length_is_scored(
+    window: int | None, prefix: str, length: int, swept: bool, models: Models, tmp_path: Path
+) -> None:
+    """And one token more, for the last one takes no position."""
+    (tmp_path / "wiki.test.raw").write_text(" ".join(f"w{3 + i * 7 % 180}" for i in range(100)))
+    model = with_tokenizer(models.model("gpt2"), tmp_path / "model", 190)
+    llm = LLM(str(model), dtype="float32", max_model_len=40)
+    one = SweptLLM(llm, [0.0]) if swept else llm
+    system = System("s", one, SamplingParams(alpha=0.0), prefix)  # type: ignore[arg-type]
+    first = Perplexity("huggingface", window=window).run(system, tmp_path)[0]
+    assert (first["end"], first["tokens"]) == (length, length - 1)
+    assert math.isfinite(first["nll"])
+    assert Perplexity("paper").lengths(40) == (8, 8)
 
 
 @pytest.mark.parametrize("arguments", [{"protocol": "other"}, {"window": 1}])

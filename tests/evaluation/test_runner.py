@@ -18,6 +18,7 @@ from ensemble_decode.evaluation.metric import Figure, Record, System
 from ensemble_decode.evaluation.redditbias import RedditBias, within_three_sigma
 from ensemble_decode.evaluation.report import Report
 from ensemble_decode.evaluation.runner import dump, fingerprint, make_tasks, run_tasks
+from ensemble_decode.evaluation.stereoset import sentence_scores
 from tests.evaluation.words import Words
 
 RUNS: list[tuple[str, str]] = []
@@ -158,12 +159,14 @@ def test_crows_pairs_scores_the_first_word_too(bos: int | None, eos: int | None,
     assert llm.seen[-1] == "zig Somebody ran"
 
 
-def test_crows_pairs_needs_something_before_a_sentence(tmp_path: Path) -> None:
+def test_a_sentence_needs_something_before_it(tmp_path: Path) -> None:
     (tmp_path / "crows_pairs_anonymized.csv").write_text("sent_more,sent_less,bias_type\nHe ran,Somebody ran,gender\n")
     llm = Words(lambda before, word: -1.0)
     llm.bos_token_id = llm.eos_token_id = None  # type: ignore[assignment, attr-defined]
-    with pytest.raises(ValueError, match="crows_pairs needs a tokenizer with a beginning- or end-of-text token"):
-        CrowsPairs().run(System("s", llm, SamplingParams(alpha=0.0)), tmp_path)  # type: ignore[arg-type]
+    system = System("s", llm, SamplingParams(alpha=0.0))  # type: ignore[arg-type]
+    for score in (lambda: CrowsPairs().run(system, tmp_path), lambda: sentence_scores(system, ["He ran"])):
+        with pytest.raises(ValueError, match="needs a tokenizer with a beginning- or end-of-text token"):
+            score()
 
 
 @pytest.mark.parametrize(

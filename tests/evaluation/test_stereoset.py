@@ -14,7 +14,7 @@ from ensemble_decode.corpora.stereoset import LABELS, read_examples
 from ensemble_decode.evaluation.comparison import compare
 from ensemble_decode.evaluation.metric import Record, System
 from ensemble_decode.evaluation.statistics import bootstrap_interval
-from ensemble_decode.evaluation.stereoset import StereoSet, continuation_scores
+from ensemble_decode.evaluation.stereoset import StereoSet, continuation_scores, sentence_scores
 from tests.evaluation.words import Words
 
 PUBLISHED = ("gpt2_base_stereoset", "gpt2_med_stereoset", "dexperts_base_stereoset_alpha=1",
@@ -80,6 +80,16 @@ def test_intersentence_scores_the_sentence_after_its_context() -> None:
     assert (StereoSet("intersentence").name, StereoSet().name) == ("stereoset-intersentence", "stereoset")
     with pytest.raises(ValueError, match="task is 'both'"):
         StereoSet("both")
+
+
+@pytest.mark.parametrize(("bos", "eos"), [(0, 1), (None, 0)])
+def test_a_first_token_is_conditioned_on_what_begins_a_text(bos: int | None, eos: int) -> None:
+    """Without a beginning-of-text token (Qwen's), on the end-of-text token."""
+    llm = Words(lambda before, word: -3.0 if before == ["<bos>"] else -1.0)
+    llm.bos_token_id, llm.eos_token_id = bos, eos  # type: ignore[assignment, attr-defined]
+    system = System("s", llm, SamplingParams(alpha=0.0))  # type: ignore[arg-type]
+    assert sentence_scores(system, ["he ran"]) == pytest.approx([math.exp((-3 - 1) / 2)])
+    assert llm.seen == ["<bos> he", "he ran"]
 
 
 def test_the_interval_is_the_same_twice_and_covers_the_mean() -> None:

@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 
 from ensemble_decode import LLM, ExpertPair
+from ensemble_decode.cli import main
 from ensemble_decode.cli.systems import parse_system, sweep
 from ensemble_decode.evaluation.bold import Continuations
 from ensemble_decode.evaluation.crows_pairs import CrowsPairs
 from ensemble_decode.evaluation.diversity import Diversity
+from ensemble_decode.evaluation.metric import Record, System
+from ensemble_decode.evaluation.perplexity import Perplexity
 from ensemble_decode.evaluation.runner import make_tasks, run_tasks
 from ensemble_decode.evaluation.swept import SweptLLM, share_forwards
 from tests.conftest import Models
@@ -47,3 +50,32 @@ def test_shared_forwards_give_the_same_scores(models: Models, data: Path, tmp_pa
     assert records[1][0] != records[1][2]  # α moves scores
     again = share_forwards(tasks, tmp_path / "shared" / "records")
     assert not any(isinstance(task.system.llm, SweptLLM) for task in again)
+
+
+@pytest.mark.parametrize("order", ["0,1", "1,0"])
+def test_an_interrupted_run_writes_the_same_bytes_as_a_whole_one(
+    order: str, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two α the second is scored by itself after the interruption, and beside the first without one."""
+    model = with_tokenizer(models.model("llama"), tmp_path / "model", 190)
+    (tmp_path / "wiki.test.tokens").write_text(" ".join(f"w{3 + i * 7 % 180}" for i in range(120)))
+    pair = f"a={models.adapter('llama', 1)},{models.adapter('llama', 2)}"
+    command = ["evaluate", "-m", str(model), "--pair", pair, "--dtype", "float32", "--alpha", order, "--window", "40"]
+    command += ["--data", str(tmp_path), "--metrics", "perplexity", "--out"]
+    run, started = Perplexity.run, []
+
+    def interrupted(self: Perplexity, system: System, data: Path, limit: int | None = None) -> list[Record]:
+        started.append(system.name)
+        if len(started) == 2:
+            raise KeyboardInterrupt
+        return run(self, system, data, limit)
+
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    monkeypatch.setattr(Perplexity, "run", interrupted)
+    assert main([*command, str(tmp_path / "cut")]) == 130
+    assert main([*command, str(tmp_path / "cut")]) == 0
+    whole, cut = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).rglob("*") if path.is_file()}
+        for name in ("whole", "cut")
+    )
+    assert whole == cut

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from ensemble_decode import LLM, SamplingParams
+from ensemble_decode import LLM, BeamSearchParams, SamplingParams
 from ensemble_decode.cli import main
 from ensemble_decode.cli.common import CommandError, identity
 from ensemble_decode.cli.evaluate import _about, _systems, add_arguments
@@ -55,6 +55,8 @@ def test_a_trigger_is_taken_as_it_stands() -> None:
         ("a: alpha=strong", "alpha is 'strong', allowed is a number, pair=number"),
         ("a: top_k=1.5", "top_k is '1.5', allowed is an integer"),
         ("a: top_p=2", "--system 'a': top_p is 2.0"),
+        ("a: beam_width=wide", "beam_width is 'wide', allowed is an integer"),
+        ("a: beam_width=5; top_k=3", "says top_k with beam_width, allowed are alpha and trigger"),
         ("a: nucleus=both", "--system 'a': nucleus is 'both'"),
     ],
 )
@@ -130,8 +132,10 @@ def test_perplexity_after_a_trigger_counts_the_window_s_tokens(tmp_path: Path) -
     assert first == second | {"begin": 0, "end": 3}
     assert first["tokens"] == 2
     assert first["nll"] == pytest.approx((3 + 4) * 0.693147, rel=1e-5)
-    with pytest.raises(ValueError, match=r"window is 39, allowed is 2 … 37"):
-        Perplexity(window=39).lengths(40, 2)
+    with pytest.raises(
+        ValueError, match=r"window is 40, allowed is 2 … 39 \(the model's length and one, less the trigger"
+    ):
+        Perplexity(window=40).lengths(40, 2)
 
 
 @pytest.fixture
@@ -207,6 +211,37 @@ def test_a_window_that_is_too_long_is_refused_before_the_first_metric(
     assert "window is 9000, allowed is 2 … " in capsys.readouterr().err
 
 
+def test_a_prompt_s_samples_are_its_best_beams(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, "--system", "beams: beam_width=4", "--system", "more beams: beam_width=6"]) == 0
+    assert json.loads(capsys.readouterr().out)["systems"][-2:] == ["beams", "more beams"]
+    llm = LLM(str(tmp_path / "model"), dtype="float32")
+    for width, name in ((4, "beams"), (6, "more_beams")):
+        (path,) = (tmp_path / "out/continuations").glob(f"{name}-*")
+        written = [json.loads(line)["samples"] for line in path.read_text().splitlines()]
+        system = System(name, llm, paper_params(), beam_width=width)
+        kept = Continuations(str(path.parent), samples=3, prompts=2).of(system, tmp_path / "data")
+        prompts = [prompt.text for prompt, _ in kept]
+        found = llm.beam_search(prompts, BeamSearchParams(beam_width=width, max_tokens=15), use_tqdm=False)
+        assert written == [[sequence.text for sequence in output.sequences[:3]] for output in found]
+
+
+def test_beam_widths_are_told_apart_where_a_metric_generates(tmp_path: Path) -> None:
+    llm: LLM = SimpleNamespace()  # type: ignore[assignment]
+    systems = [System("s", llm, paper_params(0.0), beam_width=width) for width in (None, 5, 6)]
+    tasks = make_tasks(systems, [StereoSet(), Diversity(Continuations("folder"))], {}, tmp_path, None)
+    assert [len({task.digest for task in tasks[place::2]}) for place in (0, 1)] == [1, 3]
+
+
+def test_fewer_beams_than_samples_are_refused_before_the_first_metric(
+    command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Diversity, "run", lambda *args: pytest.fail("it ran"))
+    assert main([*command, "--system", "beams: beam_width=2"]) == 2
+    assert "beam_width of 'beams' is 2, allowed is 3 (the samples) or more" in capsys.readouterr().err
+
+
 def test_ctrl_c_reports_what_is_done(
     command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,6 +257,31 @@ def test_ctrl_c_reports_what_is_done(
     shown = capsys.readouterr()
     assert "the same command goes on from there" in shown.err
     report = json.loads(shown.out)
+    assert report["systems"] == ["target", "greedy"]
+    assert report["about"]["interrupted"] == "after 2 of 3 measurements"
+
+
+def test_an_error_in_a_metric_reports_what_is_done(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Diversity.run
+
+    def failing(self: Diversity, system: System, data: Path, limit: int | None = None) -> list[Record]:
+        if system.name in failed:
+            raise ValueError("it has no token")
+        return run(self, system, data, limit)
+
+    monkeypatch.setattr(Diversity, "run", failing)
+    failed = ["target", "trigger"]
+    assert main(command) == 2
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "out" / "report.json").exists()  # nothing is done
+    failed.remove("target")
+    assert main(command) == 2
+    shown = capsys.readouterr()
+    assert shown.err.splitlines()[-1] == "ensemble-decode: it has no token"
+    report = json.loads(shown.out)
+    assert report == json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["systems"] == ["target", "greedy"]
     assert report["about"]["interrupted"] == "after 2 of 3 measurements"
 
