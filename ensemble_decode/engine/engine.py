@@ -134,8 +134,6 @@ class Engine:
         request = Request(
             request_id, text, tokens, params, seed, pairs, RequestMetrics(time.perf_counter()), score_only
         )
-        if params.has_edits:
-            request.prompt_set = set(tokens)
         if score_only and len(tokens) > 1:
             views[0].tokens = tokens[:-1]  # nothing is asked of the last one
         request.sequences.append(Sequence(request, 0, views))

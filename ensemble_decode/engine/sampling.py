@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Literal
 
+import numpy as np
 import torch
 
 from ensemble_decode import ops
@@ -130,23 +131,34 @@ class Sampler:
 
 
 def apply_edits(scores: torch.Tensor, edits: list[Edits | None], upload: Upload) -> None:
-    """Change combined scores [B, V] in place: logit bias, bans, then penalties (vLLM's order and formulas)."""
-    for row, edit in zip(scores, edits, strict=True):
-        if edit is None:
-            continue
-        if edit.bias:
-            biased = upload(list(edit.bias), dtype=torch.int64)
-            row[biased] += upload(list(edit.bias.values()), dtype=torch.float32)
-        if edit.banned:
-            row[upload(edit.banned, dtype=torch.int64)] = float("-inf")
-        if edit.repetition_penalty != 1.0 and edit.seen:
-            seen = upload(edit.seen, dtype=torch.int64)
-            values = row[seen]
-            row[seen] = torch.where(values > 0, values / edit.repetition_penalty, values * edit.repetition_penalty)
-        if edit.counts and (edit.presence_penalty or edit.frequency_penalty):
-            counted = upload(list(edit.counts), dtype=torch.int64)
-            counts = upload(list(edit.counts.values()), dtype=torch.float32)
-            row[counted] -= edit.frequency_penalty * counts + edit.presence_penalty
+    """Change combined scores [B, V] in place: logit bias, bans, then penalties (vLLM's order and formulas).
+
+    All rows at once, each entry by itself: a row's bits don't depend on the others.
+    """
+    flat, width = scores.view(-1), scores.shape[1]
+    rows = [(index * width, edit) for index, edit in enumerate(edits) if edit is not None]
+    biased = [begin + token for begin, edit in rows for token in edit.bias]
+    if biased:
+        bias = [value for _, edit in rows for value in edit.bias.values()]
+        flat[upload(biased, dtype=torch.int64)] += upload(bias, dtype=torch.float32)
+    banned = [begin + token for begin, edit in rows for token in edit.banned]
+    if banned:
+        flat[upload(banned, dtype=torch.int64)] = float("-inf")
+    counted = [(begin, edit, edit.counts) for begin, edit in rows if edit.counts is not None and edit.counts.size]
+    if counted:
+        at, count = upload(
+            np.concatenate([c + np.array([[begin], [0]]) for begin, _, c in counted], 1), dtype=torch.int64
+        )
+        penalties = np.array(
+            [(e.repetition_penalty, e.presence_penalty, e.frequency_penalty) for _, e, _ in counted], np.float32
+        )
+        sizes = [counts.shape[1] for *_, counts in counted]
+        repetition, presence, frequency = upload(np.repeat(penalties.T, sizes, axis=1), dtype=torch.float32)
+        values = flat.index_select(0, at)
+        values = torch.where(values > 0, values / repetition, values * repetition)
+        # Presence and frequency are those of the output.
+        values = torch.where(count > 0, values - (frequency * count + presence), values)
+        flat.index_copy_(0, at, values)
 
 
 def best_tokens(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
