@@ -1,14 +1,18 @@
-"""What log-probabilities list."""
+"""What log-probabilities list, and what edits of scores do."""
 
 from __future__ import annotations
+
+from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ensemble_decode.engine.batch import Edits
-from ensemble_decode.engine.sampling import apply_edits, best_tokens
+from ensemble_decode.engine.batch import Edits, SampleRow, Span
+from ensemble_decode.engine.sampling import Sampler, apply_edits, best_tokens
 
 VALUES = st.sampled_from([0.0, -1.0, 1.0, 2.5, float("-inf")])
 
@@ -61,3 +65,47 @@ def test_edits_of_many_rows_are_those_of_each_bit_for_bit(edits: list[Edits | No
             one_by_one(row, edit)
     apply_edits(scores, edits, torch.tensor)
     assert torch.equal(scores, expected)
+
+
+class Whole(TorchDispatchMode):
+    """Counts the calls that make a tensor as large as all scores."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.numel() >= self.size:
+            self.calls[func.overloadpacket.__name__] += 1
+        return out
+
+
+def test_log_probabilities_of_plain_rows_take_one_softmax_and_no_copy() -> None:
+    z = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    combination = SimpleNamespace(
+        ensemble=SimpleNamespace(target=SimpleNamespace(logits=lambda h: h), layout=SimpleNamespace(vocab_size=50)),
+        combines_hidden=lambda steering: True,
+        combined_hidden=lambda *_: z,
+    )
+    sampler, spans = Sampler(combination), [Span([1], 0, [], (0,), 1)] * 3  # type: ignore[arg-type]
+
+    def entries(temperatures: list[float], logprobs: list[int]) -> list:
+        rows = [
+            SampleRow(i, (), t, 0, 1.0, 0.0, "combined", 0, 0, k)
+            for i, (t, k) in enumerate(zip(temperatures, logprobs, strict=True))
+        ]
+        return sampler.sample(rows, spans, None).logprobs  # type: ignore[arg-type]
+
+    with Whole(z.numel()) as whole:
+        entries([1.0, 0.0, 1.0], [2, 2, 2])
+    assert whole.calls["_log_softmax"] == 1
+    assert not whole.calls.keys() & {"index", "div", "clone"}
+    none, *found = entries([1.0, 0.5, 2.0], [-1, 0, 3])
+    assert none is None
+    for row, temperature, entry in zip(z[1:], (0.5, 2.0), found, strict=True):
+        expected = (row / temperature).log_softmax(-1)
+        assert entry.logprob == entry.target_logprob == expected[entry.token]
+        assert entry.rank == 1 + int((expected > expected[entry.token]).sum())
+    assert [token for token, *_ in found[1].top] == z[2].topk(3).indices.tolist()
