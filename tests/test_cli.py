@@ -179,6 +179,18 @@ def test_bench_json(model: str, command: Command) -> None:
     assert all(entry["tokens_per_s"] > 0 for entry in results)
 
 
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (["2", "0"], "--batch is 0, allowed is 1 or more"),
+        (["1", "65"], "--batch is 65, allowed is --max-num-seqs (64) or less"),
+    ],
+)
+def test_bench_refuses_a_batch(batch: list[str], message: str) -> None:
+    done = run("bench", "-m", "nowhere", "--batch", *batch)
+    assert (done.returncode, done.stderr.count("\n"), message in done.stderr) == (2, 1, True)
+
+
 def test_parse_alpha() -> None:
     assert parse_alpha(None) is None
     assert parse_alpha("1.5") == 1.5

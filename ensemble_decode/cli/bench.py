@@ -30,12 +30,17 @@ def run(args: argparse.Namespace) -> int:
     from ensemble_decode.benchmarking import compare
 
     for name, value, least in (
+        ("--batch", min(args.batch), 1),
         ("--prompt-tokens", args.prompt_tokens, 1),
         ("--new-tokens", args.new_tokens, 2),
         ("--rounds", args.rounds, 1),
     ):
         if value < least:
             raise CommandError(f"{name} is {value}, allowed is {least} or more")
+    if max(args.batch) > args.max_num_seqs:
+        raise CommandError(
+            f"--batch is {max(args.batch)}, allowed is --max-num-seqs ({args.max_num_seqs}) or less: the rest would wait"
+        )
     llm = load_model(args)
     settings: list[tuple[str, Any]] = [("target alone", 0.0)]
     if args.pair:

@@ -141,6 +141,7 @@ class AsyncLLM:
         return error
 
     def _loop(self) -> None:
+        calls: deque[Callable[[], None]] = deque()
         try:
             while True:
                 with self._lock:
@@ -148,8 +149,8 @@ class AsyncLLM:
                         self._lock.wait()
                     calls, self._calls = self._calls, deque()
                     ending = self._closing
-                for call in calls:
-                    call()
+                while calls:
+                    calls.popleft()()
                 if ending and not self.engine.has_work:
                     return
                 for output in self.engine.step():
@@ -159,12 +160,14 @@ class AsyncLLM:
         finally:
             with self._lock:
                 self._closing = self._ended = True
-                calls, self._calls = self._calls, deque()
-            for call in calls:
-                call()
+                calls += self._calls
+                self._calls.clear()
             for client in self._clients.values():
                 client.put(self._dead())
             self._clients.clear()
+            for call in calls:
+                with suppress(Exception):  # the others are answered all the same
+                    call()
 
     def _add(
         self,

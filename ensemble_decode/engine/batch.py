@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+import numpy as np
+
 from ensemble_decode.models.layout import Layout, PairLayout
 from ensemble_decode.ops.paged_attention import BLOCK_SIZE
 
@@ -59,15 +61,15 @@ class Steering:
 class Edits:
     """Changes to the combined scores of one row, in vLLM's order: logit bias, bans, then penalties.
 
-    ``seen`` holds the distinct tokens of prompt and output (repetition penalty), ``counts`` how often each output
-    token occurred (presence and frequency penalties), ``banned`` the tokens that may not be sampled (``min_tokens``).
+    ``counts``, int64 [2, N], holds the distinct tokens that penalties are for, and how often each occurred in the output:
+    those of the output, and with a repetition penalty those of the prompt. ``banned`` are the tokens that may not be
+    sampled (``min_tokens``).
     """
 
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    seen: list[int] = field(default_factory=list)
-    counts: dict[int, int] = field(default_factory=dict)
+    counts: np.ndarray | None = None
     bias: dict[int, float] = field(default_factory=dict)
     banned: tuple[int, ...] = ()
 
@@ -113,10 +115,6 @@ class Batch:
     scores: list[ScoreRow] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)  # (source block, destination block), in every pool
     drafts: bool = False  # some span is computed by a pool that only drafts: not a step for a captured graph
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(span.tokens) for span in self.spans)
 
 
 @dataclass(slots=True)

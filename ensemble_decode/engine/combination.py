@@ -45,12 +45,13 @@ class Combination:
     def combines_hidden(self, steering: Sequence[Steering]) -> bool:
         """Whether every side of ``steering`` runs on the target's weights, and so shares its head."""
         group = self.ensemble.pools[self.layout.target_pool].group
-        for item in steering:
-            pair = self.layout.pairs[item.pair]
-            anti = self.layout.target_pool if pair.anti_expert_pool is None else pair.anti_expert_pool
-            if self.ensemble.pools[pair.expert_pool].group != group or self.ensemble.pools[anti].group != group:
-                return False
-        return True
+        return all(self._side_groups(item.pair) == (group, group) for item in steering)
+
+    def _side_groups(self, index: int) -> tuple[int, int]:
+        """The groups of a pair's two sides."""
+        pair, pools = self.layout.pairs[index], self.ensemble.pools
+        anti = self.layout.target_pool if pair.anti_expert_pool is None else pair.anti_expert_pool
+        return pools[pair.expert_pool].group, pools[anti].group
 
     def _states(self, hidden: Hidden, keys: list[tuple[int, int]], offsets: list[int]) -> torch.Tensor:
         """Hidden states [len(keys), E] of outputs ``offsets`` of (span, pool) ``keys``, all of one group."""
@@ -83,19 +84,19 @@ class Combination:
         for _, steered in sorted(by_pair.items()):  # in one order, whatever the company
             rows = [row for row, _ in steered]
             alpha = self._upload([item.alpha for _, item in steered], dtype=torch.float32).unsqueeze(1)
-            change = self._difference(
-                hidden, [self._sides(item, spans[row]) for row, item in steered], [offsets[r] for r in rows]
-            )
+            change = difference(*self._side_states(hidden, steered, spans, offsets))
             whole = len(rows) == len(spans)
             h = h + alpha * change if whole else h.index_add(0, self._upload(rows, dtype=torch.int64), alpha * change)
         return h.to(dtype)
 
-    def _difference(
-        self, hidden: Hidden, sides: list[tuple[tuple[int, int], tuple[int, int]]], offsets: list[int]
-    ) -> torch.Tensor:
-        """h⁺ − h⁻ in float32, [rows, E]; 0 for a row in which it is not finite, as the contract has it for logits."""
-        plus = self._states(hidden, [expert for expert, _ in sides], offsets)
-        return difference(plus, self._states(hidden, [anti for _, anti in sides], offsets))
+    def _side_states(
+        self, hidden: Hidden, steered: list[tuple[int, Steering]], spans: list[int], offsets: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """h⁺ and h⁻ [len(steered), E] of the rows that one pair steers."""
+        sides = [self._sides(item, spans[row]) for row, item in steered]
+        at = [offsets[row] for row, _ in steered]
+        plus = self._states(hidden, [expert for expert, _ in sides], at)
+        return plus, self._states(hidden, [anti for _, anti in sides], at)
 
     def scores(
         self, hidden: Hidden, spans: list[int], steering: list[tuple[Steering, ...]], offsets: list[int]
@@ -107,29 +108,35 @@ class Combination:
         used = sorted({item.pair for items in steering for item in items})
         if not used:
             return z, None, None, None
+        apart = all(self.own_heads(pair) for pair in used)
         alpha = torch.zeros(len(spans), len(used), device=z.device)
-        expert = torch.empty(len(used), len(spans), size, device=z.device)
-        anti: torch.Tensor | None = None
-        if all(self.own_heads(pair) for pair in used):
-            anti = torch.empty_like(expert)
+        expert = anti = None
         for place, pair in enumerate(used):
-            items = [(row, item) for row, row_items in enumerate(steering) for item in row_items if item.pair == pair]
-            rows = self._upload([row for row, _ in items], dtype=torch.int64)
-            alpha[rows, place] = self._upload([item.alpha for _, item in items], dtype=torch.float32)
-            sides = [self._sides(item, spans[row]) for row, item in items]
-            at = [offsets[row] for row, _ in items]
-            if self.own_heads(pair):
-                plus = self._side_logits(hidden, [side for side, _ in sides], at)
-                minus = self._side_logits(hidden, [side for _, side in sides], at)
-                if anti is None:
-                    expert[place, rows] = plus - minus
-                else:
-                    expert[place, rows], anti[place, rows] = plus, minus
-            else:
-                group = self.groups[self.ensemble.pools[sides[0][0][1]].group]
-                change = self._difference(hidden, sides, at).to(group.dtype)
-                expert[place, rows] = difference_logits(group, change)[:, :size]
+            steered = [(row, item) for row, items in enumerate(steering) for item in items if item.pair == pair]
+            rows = self._upload([row for row, _ in steered], dtype=torch.int64)
+            alpha[rows, place] = self._upload([item.alpha for _, item in steered], dtype=torch.float32)
+            plus, minus = self.pair_logits(pair, *self._side_states(hidden, steered, spans, offsets), apart)
+            if len(used) == 1 and len(steered) == len(spans):  # one pair for all rows, the usual case: not copied
+                return z, plus.unsqueeze(0), None if minus is None else minus.unsqueeze(0), alpha
+            if expert is None:
+                expert = torch.empty(len(used), len(spans), size, device=z.device)
+                anti = torch.empty_like(expert) if apart else None
+            expert[place, rows] = plus
+            if anti is not None and minus is not None:
+                anti[place, rows] = minus
         return z, expert, anti, alpha
+
+    def pair_logits(
+        self, index: int, plus: torch.Tensor, minus: torch.Tensor, apart: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """z⁺ and z⁻ [rows, V] of a pair's hidden states where both have heads of their own and are wanted ``apart``; else z⁺ − z⁻ and None."""
+        size = self.layout.vocab_size
+        expert, anti = (self.groups[group] for group in self._side_groups(index))
+        if not self.own_heads(index):
+            change = difference(plus, minus).to(expert.dtype)
+            return difference_logits(expert, change)[:, :size], None
+        z_plus, z_minus = expert.logits(plus)[:, :size], anti.logits(minus)[:, :size]
+        return (z_plus, z_minus) if apart else (z_plus - z_minus, None)
 
     def mixture_logits(
         self, hidden: Hidden, mixtures: list[Mixture], spans: list[int], offsets: list[int]
@@ -152,13 +159,8 @@ class Combination:
 
     def own_heads(self, index: int) -> bool:
         """Whether the two sides of a pair end in heads of their own."""
-        pair, pools = self.layout.pairs[index], self.ensemble.pools
-        anti = self.layout.target_pool if pair.anti_expert_pool is None else pair.anti_expert_pool
-        return pools[pair.expert_pool].group != pools[anti].group
-
-    def _side_logits(self, hidden: Hidden, keys: list[tuple[int, int]], offsets: list[int]) -> torch.Tensor:
-        group = self.groups[self.ensemble.pools[keys[0][1]].group]
-        return group.logits(self._states(hidden, keys, offsets))[:, : self.layout.vocab_size]
+        expert, anti = self._side_groups(index)
+        return expert != anti
 
 
 def difference(plus: torch.Tensor, minus: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,8 @@ from typing import Any
 #: depend on what stands before it.
 _CONTEXT = 4
 _INCOMPLETE = "�"
+#: More tokens than these are not held back for the rest of a character, which has 4 bytes at most: they are no text.
+_HELD = 8
 
 Decode = Callable[[list[int]], str]
 
@@ -63,10 +65,16 @@ class Detokenizer:
             self.pushed += 1
             before = self._decode(self._ids[self._start : self._shown])
             after = self._decode(self._ids[self._start :])
+            end = len(self._ids)
             # A character of several tokens decodes to a replacement sign until the last of them is there.
-            if len(after) <= len(before) or after.endswith(_INCOMPLETE):
+            if after.endswith(_INCOMPLETE):
+                if end - self._shown <= _HELD:
+                    continue
+                end -= 3  # these may still begin a character
+                after = self._decode(self._ids[self._start : end])
+            if len(after) <= len(before):
                 continue
-            self._start, self._shown = self._shown, len(self._ids)
+            self._start, self._shown = self._shown, end
             if self._grow(after[len(before) :], may_stop):
                 return self.stop
         return None

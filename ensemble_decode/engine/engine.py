@@ -6,7 +6,7 @@ import itertools
 import random
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 from ensemble_decode.engine.batch import Batch, StepOutput, TokenLogprobs
@@ -134,8 +134,6 @@ class Engine:
         request = Request(
             request_id, text, tokens, params, seed, pairs, RequestMetrics(time.perf_counter()), score_only
         )
-        if params.has_edits:
-            request.prompt_set = set(tokens)
         if score_only and len(tokens) > 1:
             views[0].tokens = tokens[:-1]  # nothing is asked of the last one
         request.sequences.append(Sequence(request, 0, views))
@@ -293,15 +291,16 @@ class Engine:
             if request.metrics.first_token is None:
                 request.metrics.first_token = now
             if stream or request.params.stops:
-                self._read(sequence)
+                self._guard(self._read, sequence)
             touched[request.request_id] = request
         if self.speculator is not None:
             self.speculator.observe(batch, seconds, self.scheduler.taken)
         for request in touched.values():
-            if request.finished:
+            output_so_far = self.output(request) if stream and not request.finished else None
+            if request.finished:  # perhaps by that: a text that can't be read ends its sample
                 outputs.append(self._close(request))
-            elif stream:
-                outputs.append(self.output(request))
+            elif output_so_far is not None:
+                outputs.append(output_so_far)
         self._seconds["total"] += time.perf_counter() - start
         self._seconds["steps"] += 1
         return outputs
@@ -315,6 +314,17 @@ class Engine:
     def stats(self) -> dict[str, float]:
         """:attr:`timings`, and with speculation its statistics."""
         return {**self.timings, **({} if self.speculator is None else self.speculator.statistics)}
+
+    def _guard(self, read: Callable[[Sequence], None], sequence: Sequence) -> None:
+        """Let a sample fail by itself where its tokens have no text: some tokenizers raise on ids that a padded head has."""
+        try:
+            read(sequence)
+        except Exception as error:
+            reader = self._detokenizers.get(sequence)
+            sequence.text = "" if reader is None else reader.text
+            self.scheduler.finish(sequence, "error")
+            sequence.finish_reason, sequence.stop_reason = "error", None
+            sequence.error = f"the tokenizer failed on the output's tokens: {error!r}"
 
     def _read(self, sequence: Sequence) -> None:
         """Bring a sequence's text up to date, and end the sequence where a stop string is met."""
@@ -385,20 +395,27 @@ class Engine:
         )
 
     def _text(self, sequence: Sequence) -> str:
-        if sequence.text is not None:
-            return sequence.text
         if self.tokenizer is None or not sequence.output:
             return ""
         if not sequence.finished:  # perhaps a sample that waits, with tokens of a step that was not streamed
-            self._read(sequence)
+            self._guard(self._read, sequence)
+        if not sequence.finished:
             return self._detokenizers[sequence].safe_text
-        reader = self._detokenizers.get(sequence)
+        if sequence.text is None:
+            self._guard(self._read_all, sequence)
+        assert sequence.text is not None
+        return sequence.text
+
+    def _read_all(self, sequence: Sequence) -> None:
+        """The final text of a sequence that is over."""
+        reader, end = self._detokenizers.get(sequence), self._text_end(sequence)
         if reader is not None:
-            reader.push(sequence.output[reader.pushed : self._text_end(sequence)], may_stop=False)
+            reader.push(sequence.output[reader.pushed : end], may_stop=False)
             reader.flush()
-            return reader.text
-        output = sequence.output[: self._text_end(sequence)]
-        return decode_output(self._decoder(sequence.request.params), sequence.request.prompt_token_ids, output)
+            sequence.text = reader.text
+        else:
+            decode, prompt = self._decoder(sequence.request.params), sequence.request.prompt_token_ids
+            sequence.text = decode_output(decode, prompt, sequence.output[:end])
 
     @staticmethod
     def _text_end(sequence: Sequence) -> int:
@@ -418,7 +435,12 @@ class Engine:
         return found
 
     def _token_text(self, token: int) -> str | None:
-        return None if self.tokenizer is None else self.tokenizer.decode([token])
+        if self.tokenizer is None:
+            return None
+        try:
+            return self.tokenizer.decode([token])
+        except Exception:  # an id of a padded head, among the best: the numbers stand without its text
+            return None
 
     def _close(self, request: Request) -> RequestOutput:
         request.metrics.finished = time.perf_counter()

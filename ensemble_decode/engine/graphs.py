@@ -15,7 +15,7 @@ import torch
 
 from ensemble_decode import ops
 from ensemble_decode.engine.batch import BLOCK_SIZE, Batch, SampleRow, Span
-from ensemble_decode.engine.combination import Combination, difference, difference_logits
+from ensemble_decode.engine.combination import Combination, difference
 from ensemble_decode.engine.device import StreamDevice
 from ensemble_decode.engine.lanes import StreamLanes
 from ensemble_decode.engine.plan import (
@@ -182,24 +182,14 @@ class CapturedStep:
 
     def _experts(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """z⁺ and z⁻ [P, B, V] of the pairs that steer by logits; z⁻ is None where z⁺ holds differences."""
-        layout, pools = self._ensemble.layout, self._ensemble.pools
         plus_logits, minus_logits = list[torch.Tensor](), list[torch.Tensor]()
-        own_heads = all(self._combination.own_heads(pair) for pair in self.plan.bucket.logits)
+        apart = all(self._combination.own_heads(pair) for pair in self.plan.bucket.logits)
         for pair in self.plan.bucket.logits:
-            plus, minus = sides(layout, pair)
-            group = self._ensemble.groups[pools[plus.pool].group]
-            if not self._combination.own_heads(pair):
-                change = difference(self._states(plus), self._states(minus)).to(group.dtype)
-                plus_logits.append(difference_logits(group, change)[:, : layout.vocab_size])
-                continue
-            z_plus = group.logits(self._states(plus))[:, : layout.vocab_size]
-            other = self._ensemble.groups[pools[minus.pool].group]
-            z_minus = other.logits(self._states(minus))[:, : layout.vocab_size]
-            if own_heads:
-                plus_logits.append(z_plus)
+            plus, minus = sides(self._ensemble.layout, pair)
+            z_plus, z_minus = self._combination.pair_logits(pair, self._states(plus), self._states(minus), apart)
+            plus_logits.append(z_plus)
+            if z_minus is not None:
                 minus_logits.append(z_minus)
-            else:
-                plus_logits.append(z_plus - z_minus)
         if not plus_logits:
             return None, None
         return _stack(plus_logits), _stack(minus_logits) if minus_logits else None

@@ -11,7 +11,10 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
-    """Natural log-probability of one token under the ensemble, its rank from 1, and the target's own beside it."""
+    """Natural log-probability of one token under the ensemble, its rank from 1, and the target's own beside it.
+
+    ``decoded_token`` is None without a tokenizer, and where that has no text for the token.
+    """
 
     logprob: float
     rank: int

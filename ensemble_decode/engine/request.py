@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from ensemble_decode.engine.batch import Edits, Mixture, SampleRow, Steering, TokenLogprobs
 from ensemble_decode.engine.drafting import Acceptance, NgramIndex
@@ -74,6 +77,45 @@ class Drafter:
         return tuple(pool for pool, _ in self.mixture)
 
 
+class TokenCounts:
+    """Distinct tokens, those of a prompt among them, and how often an output has each of them.
+
+    Another token takes constant time, however long the context is: penalties ask for all of it at every step.
+    """
+
+    def __init__(self, prompt: Iterable[int] = ()) -> None:
+        self._place = {token: place for place, token in enumerate(dict.fromkeys(prompt))}
+        self._prompt = len(self._place)
+        self._table = np.zeros((2, max(2 * self._prompt, 64)), np.int64)
+        self._table[0, : self._prompt] = list(self._place)
+
+    def add(self, token: int) -> None:
+        """Count a token of the output."""
+        place = self._place.setdefault(token, len(self._place))
+        if place == self._table.shape[1]:
+            self._table = np.pad(self._table, ((0, 0), (0, place)))
+        self._table[0, place] = token
+        self._table[1, place] += 1
+
+    def remove(self, token: int) -> None:
+        """Undo the last :meth:`add`, which was of ``token``."""
+        place = self._place[token]
+        self._table[1, place] -= 1
+        if place >= self._prompt and self._table[1, place] == 0:
+            del self._place[token]  # the last one: what came later was undone before
+
+    def table(self, draft: list[int]) -> np.ndarray:
+        """int64 [2, N], each token and its count as if ``draft`` followed the output. Without one a view, until the next ``add``."""
+        if not draft:
+            return self._table[:, : len(self._place)]
+        for token in draft:
+            self.add(token)
+        table = self._table[:, : len(self._place)].copy()
+        for token in reversed(draft):
+            self.remove(token)
+        return table
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One sample of a request. ``views[0]`` is the request's own tokens."""
@@ -84,7 +126,7 @@ class Sequence:
     output: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     shown_logprobs: list[dict[int, Logprob]] = field(default_factory=list)  # the first of them, as outputs have them
-    counts: dict[int, int] = field(default_factory=dict)  # of output tokens; kept only where penalties ask for it
+    counts: TokenCounts | None = field(init=False, default=None)  # kept only where penalties ask for it
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: str | None = None
@@ -92,6 +134,13 @@ class Sequence:
     draft: list[int] = field(default_factory=list)  # proposed to follow, in the next step
     acceptance: Acceptance | None = None
     ngrams: NgramIndex | None = None
+
+    def __post_init__(self) -> None:
+        params = self.request.params
+        if params.repetition_penalty != 1.0:
+            self.counts = TokenCounts(self.request.prompt_token_ids)
+        elif params.presence_penalty or params.frequency_penalty:
+            self.counts = TokenCounts()
 
     @property
     def seed(self) -> int:
@@ -110,8 +159,8 @@ class Sequence:
         self.output.append(token)
         for view in self.views:
             view.tokens.append(token)
-        if self.request.params.has_edits:
-            self.counts[token] = self.counts.get(token, 0) + 1
+        if self.counts is not None:
+            self.counts.add(token)
 
     def steering(self, first_span: int) -> tuple[Steering, ...]:
         """The request's pairs, pointing at this sequence's spans, which begin at ``first_span`` in the batch."""
@@ -158,7 +207,7 @@ class Sequence:
             mixture,
         )
 
-    def edits(self, eos: tuple[int, ...], draft: tuple[int, ...] | list[int] = ()) -> Edits | None:
+    def edits(self, eos: tuple[int, ...], draft: list[int]) -> Edits | None:
         """Changes to the scores of the token after ``draft``, as if its tokens had been sampled."""
         params = self.request.params
         if not params.has_edits:
@@ -168,20 +217,11 @@ class Sequence:
             banned = (() if params.ignore_eos else eos) + tuple(params.stop_token_ids or ())
         if not banned and not params.has_penalties:
             return None  # min_tokens has been reached: this row is a plain one from here on
-        counts = self.counts
-        if draft:
-            counts = dict(counts)
-            for token in draft:
-                counts[token] = counts.get(token, 0) + 1
-        seen: list[int] = []
-        if params.repetition_penalty != 1.0:
-            seen = list(self.request.prompt_set | counts.keys())
         return Edits(
             params.repetition_penalty,
             params.presence_penalty,
             params.frequency_penalty,
-            seen,
-            counts,
+            None if self.counts is None else self.counts.table(draft),
             params.logit_bias or {},
             banned,
         )
@@ -202,7 +242,6 @@ class Request:
     sequences: list[Sequence] = field(default_factory=list)
     prompt_scores: list[TokenLogprobs] = field(default_factory=list)
     shown_prompt: list[dict[int, Logprob]] = field(default_factory=list)  # the first of them, as outputs have them
-    prompt_set: set[int] = field(default_factory=set)
     drafter: Drafter | None = None
 
     @property

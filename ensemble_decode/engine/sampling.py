@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Literal
 
+import numpy as np
 import torch
 
 from ensemble_decode import ops
@@ -101,18 +102,24 @@ class Sampler:
             output.tokens[index] = tokens[place]
         wanted = [place for place, row in enumerate(part) if row.logprobs >= 0]
         if wanted:
-            pick = self._upload(wanted, dtype=torch.int64)
-            scores = (z if expert is None else ops.combine(z, expert, anti, alpha))[pick]
-            heat = torch.where(temperature[pick] > 0, temperature[pick], 1.0).unsqueeze(1)
+            scores = z if expert is None else ops.combine(z, expert, anti, alpha)
+            combined_z = self._heated(scores, part, wanted)
             entries = _logprobs(
-                scores / heat,
-                target[pick] / heat,
+                combined_z,
+                combined_z if scores is target else self._heated(target, part, wanted),
                 [tokens[p] for p in wanted],
                 [part[p].logprobs for p in wanted],
                 self._upload,
             )
             for place, entry in zip(wanted, entries, strict=True):
                 output.logprobs[indices[place]] = entry
+
+    def _heated(self, scores: torch.Tensor, part: list[SampleRow], wanted: list[int]) -> torch.Tensor:
+        """The ``wanted`` rows of ``scores``, divided by their temperatures; no copy where that is ``scores`` itself."""
+        if len(wanted) < len(part):
+            scores = scores[self._upload(wanted, dtype=torch.int64)]
+        heat = [part[place].temperature or 1.0 for place in wanted]
+        return scores if set(heat) == {1.0} else scores / self._upload(heat, dtype=torch.float32).unsqueeze(1)
 
     # ── scoring ─────────────────────────────────────────────────────────────────────────────────────────────────────
     def score(self, row: ScoreRow, span: Span, spans: list[Span], hidden: Hidden) -> list[TokenLogprobs]:
@@ -130,23 +137,34 @@ class Sampler:
 
 
 def apply_edits(scores: torch.Tensor, edits: list[Edits | None], upload: Upload) -> None:
-    """Change combined scores [B, V] in place: logit bias, bans, then penalties (vLLM's order and formulas)."""
-    for row, edit in zip(scores, edits, strict=True):
-        if edit is None:
-            continue
-        if edit.bias:
-            biased = upload(list(edit.bias), dtype=torch.int64)
-            row[biased] += upload(list(edit.bias.values()), dtype=torch.float32)
-        if edit.banned:
-            row[upload(edit.banned, dtype=torch.int64)] = float("-inf")
-        if edit.repetition_penalty != 1.0 and edit.seen:
-            seen = upload(edit.seen, dtype=torch.int64)
-            values = row[seen]
-            row[seen] = torch.where(values > 0, values / edit.repetition_penalty, values * edit.repetition_penalty)
-        if edit.counts and (edit.presence_penalty or edit.frequency_penalty):
-            counted = upload(list(edit.counts), dtype=torch.int64)
-            counts = upload(list(edit.counts.values()), dtype=torch.float32)
-            row[counted] -= edit.frequency_penalty * counts + edit.presence_penalty
+    """Change combined scores [B, V] in place: logit bias, bans, then penalties (vLLM's order and formulas).
+
+    All rows at once, each entry by itself: a row's bits don't depend on the others.
+    """
+    flat, width = scores.view(-1), scores.shape[1]
+    rows = [(index * width, edit) for index, edit in enumerate(edits) if edit is not None]
+    biased = [begin + token for begin, edit in rows for token in edit.bias]
+    if biased:
+        bias = [value for _, edit in rows for value in edit.bias.values()]
+        flat[upload(biased, dtype=torch.int64)] += upload(bias, dtype=torch.float32)
+    banned = [begin + token for begin, edit in rows for token in edit.banned]
+    if banned:
+        flat[upload(banned, dtype=torch.int64)] = float("-inf")
+    counted = [(begin, edit, edit.counts) for begin, edit in rows if edit.counts is not None and edit.counts.size]
+    if counted:
+        at, count = upload(
+            np.concatenate([c + np.array([[begin], [0]]) for begin, _, c in counted], 1), dtype=torch.int64
+        )
+        penalties = np.array(
+            [(e.repetition_penalty, e.presence_penalty, e.frequency_penalty) for _, e, _ in counted], np.float32
+        )
+        sizes = [counts.shape[1] for *_, counts in counted]
+        repetition, presence, frequency = upload(np.repeat(penalties.T, sizes, axis=1), dtype=torch.float32)
+        values = flat.index_select(0, at)
+        values = torch.where(values > 0, values / repetition, values * repetition)
+        # Presence and frequency are those of the output.
+        values = torch.where(count > 0, values - (frequency * count + presence), values)
+        flat.index_copy_(0, at, values)
 
 
 def best_tokens(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -154,14 +172,14 @@ def best_tokens(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tenso
 
     ``topk`` alone lists any of several that are equal, and in any order: another answer in another batch.
     """
-    values, ids = scores.topk(k, dim=-1)
     if k == 0:
-        return values, ids
-    last = values[:, -1:]
-    passed_over = (scores == last).sum(1) > (values == last).sum(1)
-    for row in passed_over.nonzero().flatten().tolist():
-        here = values[row] == last[row]
-        ids[row, here] = (scores[row] == last[row]).nonzero().flatten()[: int(here.sum())]
+        return scores.topk(0, dim=-1)
+    values, ids = scores.topk(min(k + 1, scores.shape[1]), dim=-1)
+    passed_over = values[:, k:] == values[:, k - 1 : k]  # the next one is as good as the last of them
+    values, ids = values[:, :k], ids[:, :k]
+    for row in passed_over.any(1).nonzero().flatten().tolist():
+        here = values[row] == values[row, -1]
+        ids[row, here] = (scores[row] == values[row, -1]).nonzero().flatten()[: int(here.sum())]
     ids = ids.sort(dim=1).values
     values, order = scores.gather(1, ids).sort(dim=1, descending=True, stable=True)
     return values, ids.gather(1, order)
@@ -179,7 +197,8 @@ def _logprobs(
     alone = ensemble if combined is target else target.log_softmax(-1)
     token = upload(tokens, dtype=torch.int64).clamp_min(0).unsqueeze(1)
     own = ensemble.gather(1, token)
-    ranks = ((ensemble > own).sum(1) + 1).tolist()
+    # A sum of floats, exact up to 2^24, takes a sixth of the time of one of booleans.
+    ranks = (torch.gt(ensemble, own, out=torch.empty_like(ensemble)).sum(1).long() + 1).tolist()
     own_target = alone.gather(1, token).squeeze(1).tolist()
     own_list = own.squeeze(1).tolist()
     k = min(max(best), ensemble.shape[1])

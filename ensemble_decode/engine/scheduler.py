@@ -117,7 +117,7 @@ class Scheduler:
         sequence.finish_reason = reason  # type: ignore[assignment]
         sequence.stop_reason = stop_reason
         sequence.error = error
-        sequence.ngrams = None  # some hundred bytes a token
+        sequence.ngrams = sequence.counts = None  # some hundred bytes a token
         if sequence in self.running:
             self.running.remove(sequence)
         elif sequence in self.waiting:

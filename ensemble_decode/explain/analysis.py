@@ -65,7 +65,7 @@ def explain(llm: LLM, prompt: Prompt, params: SamplingParams, top: int = 5) -> E
                 torch.tensor([list(alphas.values())]),
             )[0]
             combined = edited.clone()
-            edit = request.sequences[0].edits(llm.ensemble.eos_token_ids)
+            edit = request.sequences[0].edits(llm.ensemble.eos_token_ids, [])
             apply_edits(edited.unsqueeze(0), [edit], torch.tensor)
             steps.append(
                 _step(

@@ -136,12 +136,15 @@ class FakeRunner:
                 continue
             changes: tuple = ()
             if edits is not None:
+                counts = [] if edits.counts is None else edits.counts.T.tolist()
                 changes = (
                     edits.repetition_penalty,
                     edits.presence_penalty,
                     edits.frequency_penalty,
-                    tuple(sorted(edits.seen)),
-                    tuple(sorted(edits.counts.items())) if edits.presence_penalty or edits.frequency_penalty else (),
+                    tuple(sorted(token for token, _ in counts)) if edits.repetition_penalty != 1.0 else (),
+                    tuple(sorted((token, count) for token, count in counts if count))
+                    if edits.presence_penalty or edits.frequency_penalty
+                    else (),
                     tuple(sorted(edits.bias.items())),
                 )
             filters = (row.temperature, row.top_k, row.top_p, row.min_p, row.nucleus == "target")

@@ -365,3 +365,53 @@ def test_samples_that_wait_are_no_waiting_requests():
     assert one.finished
     assert len(many.outputs) == 8
     llm.shutdown(timeout=10)
+
+
+def test_a_tokenizer_that_fails_on_a_token_fails_its_request_only(served):
+    want = [expected(ids(text), params(30), 0).tokens for text in ("a", "the cad")]
+    beyond = next(t for t in want[0] if t not in [*want[1], *ids("the cad"), *ids("a")])
+    decode = served.engine.tokenizer.decode
+
+    def failing(tokens, *args, **options):
+        if beyond in tokens:
+            raise IndexError("piece id is out of range")
+        return decode(tokens, *args, **options)
+
+    served.engine.tokenizer.decode = failing
+
+    async def clients():
+        return await asyncio.gather(*(last(served.generate(text, params(30))) for text in ("a", "the cad")))
+
+    bad, good = run(clients())
+    assert bad.outputs[0].finish_reason == "error"
+    assert "piece id is out of range" in bad.outputs[0].error
+    assert good.outputs[0].token_ids == want[1]
+    assert good.outputs[0].finish_reason == "length"
+    idle(served)
+
+
+def test_a_call_that_raises_leaves_nobody_waiting():
+    engine = make_engine()
+    gate = Gate(engine)
+    llm = AsyncLLM(engine)
+
+    def broken(request_id):
+        raise MemoryError("no more")
+
+    engine.abort = broken
+
+    async def clients():
+        running = asyncio.create_task(last(llm.generate("a", params(100), "running")))
+        while not llm._clients:
+            await asyncio.sleep(0.005)
+        for _ in range(2):  # the one that ends the loop, and one after the end
+            llm.abort_soon("running")
+        late = asyncio.create_task(last(llm.generate("a", params())))
+        await asyncio.sleep(0)
+        gate.open.set()
+        return await asyncio.gather(running, late, return_exceptions=True)
+
+    for error in run(clients()):
+        assert isinstance(error, EngineDeadError)
+        assert isinstance(error.__cause__, MemoryError)
+    llm.shutdown(timeout=10)

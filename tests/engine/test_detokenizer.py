@@ -160,6 +160,25 @@ def test_half_a_character_is_held_back():
     assert states == ["a", "a", "a", "a", "a😀"]
 
 
+@pytest.mark.parametrize("byte", ["é".encode()[1:], "é".encode()[:1], "😀".encode()[:1]], ids=["last", "first", "of-4"])
+def test_bytes_that_are_no_text_are_not_held_back_for_ever(byte):
+    decoded = []
+
+    def decode(ids):
+        decoded.append(len(ids))
+        return PieceTokenizer().decode(ids)
+
+    reader, output = Detokenizer(decode, [1]), [PIECES.index(byte)] * 200
+    reader.push(output)
+    assert len(reader.text) > 190
+    assert max(decoded) < 30, "all of it is decoded again and again"
+    for end in "😀".encode(), b"a":
+        for piece in end:
+            output.append(PIECES.index(bytes([piece])))
+            reader.push(output[-1:])
+    assert reader.text == PieceTokenizer().decode(output)
+
+
 def test_an_end_in_half_a_character_shows_that_something_is_missing():
     reader = Detokenizer(decoder(PieceTokenizer(), True), [1])
     reader.push([encode("a")[0], encode("😀")[0]])

@@ -287,3 +287,61 @@ def test_reset_forgets_everything():
     (output,) = run(engine).values()
     assert output.outputs[0].token_ids == expected(ids("a"), SamplingParams(max_tokens=3), 0).tokens
     assert LAYOUT.num_pools == len(engine.runner.computed)
+
+
+class PaddedTokenizer(PieceTokenizer):
+    """Raises on one token, as some tokenizers do on ids beyond their vocabulary."""
+
+    def __init__(self, beyond: int) -> None:
+        self.beyond = beyond
+
+    def decode(self, ids, *args, **options):
+        if self.beyond in ids:
+            raise IndexError("piece id is out of range")
+        return super().decode(ids, *args, **options)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("stop", [None, "zz"])
+def test_a_tokenizer_that_fails_on_a_token_fails_one_sample(stream, stop):
+    params = SamplingParams(max_tokens=30, seed=0, ignore_eos=True, stop=stop)
+    prompts = [ids("the cad"), ids("a dog"), ids("b")]
+    good = [expected(prompt, params, 0).tokens for prompt in prompts]
+    beyond = next(t for t in good[1] if t not in {*good[0], *good[2], *prompts[0], *prompts[1], *prompts[2]})
+    engine = make_engine()
+    engine.tokenizer = PaddedTokenizer(beyond)
+    for i, prompt in enumerate(prompts):
+        engine.add_request(list(prompt), params, str(i))
+    done = run(engine, stream=stream)
+    first, bad, third = (done[str(i)].outputs[0] for i in range(3))
+    assert (first.token_ids, third.token_ids) == (good[0], good[2])
+    assert (first.finish_reason, third.finish_reason) == ("length", "length")
+    assert bad.finish_reason == "error"
+    assert bad.error == "the tokenizer failed on the output's tokens: IndexError('piece id is out of range')"
+    assert PieceTokenizer().decode(good[1][: good[1].index(beyond)], True).startswith(bad.text)
+    assert_no_leak(engine)
+
+
+def test_a_waiting_sample_whose_text_is_read_late_may_end_its_request():
+    engine, params = make_engine(max_num_seqs=1), SamplingParams(max_tokens=2, seed=0, ignore_eos=True, n=2)
+    first, waiting = (expected(ids("a dog"), params, 0, index).tokens for index in range(2))
+    assert waiting[0] not in [*first, *ids("a dog")]
+    engine.tokenizer = PaddedTokenizer(waiting[0])
+    engine.add_request(ids("a dog"), params)
+    engine.step(stream=False)
+    (output,) = engine.step()
+    assert [sample.finish_reason for sample in output.outputs] == ["length", "error"]
+    assert output.finished
+    assert_no_leak(engine)
+
+
+def test_a_token_without_text_is_listed_without():
+    engine = make_engine()
+    engine.tokenizer = PaddedTokenizer(1)
+    params = SamplingParams(max_tokens=4, seed=0, ignore_eos=True, logprobs=3)
+    tokens = expected([9, 8, 7], params, 0).tokens
+    assert 1 not in tokens
+    engine.add_request([9, 8, 7], params)
+    ((output,),) = [done.outputs for done in run(engine).values()]
+    assert output.finish_reason == "length"
+    assert [entry[1].decoded_token for entry in output.logprobs] == [None] * 4
