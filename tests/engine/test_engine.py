@@ -323,8 +323,8 @@ def test_a_tokenizer_that_fails_on_a_token_fails_one_sample(stream, stop):
 
 
 def test_a_waiting_sample_whose_text_is_read_late_may_end_its_request():
-    engine, params = make_engine(max_num_seqs=1), SamplingParams(max_tokens=2, seed=0, ignore_eos=True, n=2)
-    first, waiting = (expected(ids("a dog"), params, 0, index).tokens for index in range(2))
+    engine, params = make_engine(max_num_seqs=1), SamplingParams(max_tokens=2, seed=1, ignore_eos=True, n=2)
+    first, waiting = (expected(ids("a dog"), params, 1, index).tokens for index in range(2))
     assert waiting[0] not in [*first, *ids("a dog")]
     engine.tokenizer = PaddedTokenizer(waiting[0])
     engine.add_request(ids("a dog"), params)
