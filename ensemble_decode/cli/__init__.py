@@ -7,6 +7,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from ensemble_decode.cli.common import INTERRUPTED
+
 #: Each command and its module, which has HELP, add_arguments(parser) and run(args), perhaps PARSER, the
 #: parser's own settings, and is cheap to import.
 COMMANDS = {
@@ -58,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()
         return 141

@@ -7,7 +7,15 @@ import json
 import sys
 from pathlib import Path
 
-from ensemble_decode.cli.common import CommandError, add_model, identity, load_model, refuse_learned, refuse_missing
+from ensemble_decode.cli.common import (
+    CommandError,
+    add_model,
+    identity,
+    kept_in,
+    load_model,
+    refuse_learned,
+    refuse_missing,
+)
 
 HELP = (
     "the alpha of each axis: the highest ICAT (stereotype score towards 50, sense kept) within a budget of perplexity"
@@ -65,8 +73,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         found = calibrator.run()
     except KeyboardInterrupt:
-        print(f"interrupted: what is done is kept in {out}, the same command goes on from there", file=sys.stderr)
-        return 130
+        return kept_in(out)
     path = out / "calibration.json"
     write(path, found.to_json())
     if args.save:

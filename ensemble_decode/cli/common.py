@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,14 @@ if TYPE_CHECKING:
     from ensemble_decode import LLM
 
 SMOLLM2 = "smollm2"
+#: The exit code of an interrupted command, as shells have it for SIGINT.
+INTERRUPTED = 130
+
+
+def kept_in(out: object) -> int:
+    """Say where an interrupted command left what is done; the exit code."""
+    print(f"interrupted: what is done is kept in {out}, the same command goes on from there", file=sys.stderr)
+    return INTERRUPTED
 
 
 class CommandError(ValueError):

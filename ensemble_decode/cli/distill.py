@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
+
+from ensemble_decode.cli.common import INTERRUPTED
 
 HELP = "train stand-ins for the regard and toxicity classifiers, where the real ones can't be downloaded"
 
@@ -19,12 +22,20 @@ def run(args: argparse.Namespace) -> int:
     except ImportError:
         raise ValueError("distill needs scikit-learn: pip install 'ensemble_decode[evaluate]'") from None
     from ensemble_decode.evaluation.distill import distill_regard, distill_toxicity, read_labelled
+    from ensemble_decode.evaluation.report import columns
 
     train, test = read_labelled(args.data)
-    print(f"{len(train)} texts to learn from, {len(test)} about other entities to measure with")
-    for name, distill in (("regard", distill_regard), ("toxicity", distill_toxicity)):
-        classifier = distill(train, test)
-        classifier.save(args.out / name)
-        measured = ", ".join(f"{key} {value:.3f}" for key, value in classifier.fidelity.items())
-        print(f"{name:<10} {len(classifier.vocabulary)} n-grams, {measured}  →  {args.out / name}")
+    print(f"{len(train)} texts to learn from, {len(test)} about other entities to measure with", file=sys.stderr)
+    rows = [["classifier", "n-grams", "measured against the real one's labels", "folder"]]
+    try:
+        for name, distill in (("regard", distill_regard), ("toxicity", distill_toxicity)):
+            classifier = distill(train, test)
+            classifier.save(args.out / name)
+            measured = ", ".join(f"{key} {value:.3f}" for key, value in classifier.fidelity.items())
+            rows.append([name, str(len(classifier.vocabulary)), measured, str(args.out / name)])
+    except KeyboardInterrupt:
+        done = ", ".join(row[0] for row in rows[1:]) or "nothing"
+        print(f"interrupted: {done} is done; the same command makes both anew, a minute each", file=sys.stderr)
+        return INTERRUPTED
+    print(columns(rows))
     return 0

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ensemble_decode.cli.common import (
+    INTERRUPTED,
     CommandError,
     add_model,
     identity,
+    kept_in,
     load_model,
     parse_alpha,
     refuse_learned,
@@ -130,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
         results = run_tasks(done, data, out, args.limit, say=lambda line: None)
         about["interrupted"] = f"after {len(done)} of {len(tasks)} measurements"
         if isinstance(error, KeyboardInterrupt):
-            print(f"interrupted: what is done is kept in {out}, the same command goes on from there", file=sys.stderr)
+            kept_in(out)
         elif not done:
             raise
         else:
@@ -147,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
         print("\n" + ", ".join(str(out / f"report.{kind}") for kind in ("html", "md", "json")))
     if failed is not None:
         raise failed
-    return 130 if "interrupted" in about else 0
+    return INTERRUPTED if "interrupted" in about else 0
 
 
 def _metrics(args: argparse.Namespace, out: Path) -> list[Metric]:

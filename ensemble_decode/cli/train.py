@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 
-from ensemble_decode.cli.common import SMOLLM2, CommandError, refuse_missing
+from ensemble_decode.cli.common import SMOLLM2, CommandError, kept_in, refuse_missing
 
 HELP = "an expert pair from RedditBias, StereoSet or two files of text"
 
@@ -72,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
     if (args.axis is None) == bool(corpora):
         raise CommandError(f"--axis is {args.axis!r}, it is needed with --redditbias and --stereoset, and only there")
     refuse_missing("train", "accelerate", "matplotlib", *(["peft"] if args.rank else []), extra="train")
+    from ensemble_decode.evaluation.report import columns
     from ensemble_decode.experts import texts, training
 
     parts = []
@@ -99,8 +101,29 @@ def run(args: argparse.Namespace) -> int:
         from ensemble_decode.models.smollm2 import HUB_ID, smollm2_path
 
         model, name = str(smollm2_path()), HUB_ID
-    out = training.train_pair(
-        model, data, args.out, settings, base_name=name, progress=not args.quiet and sys.stderr.isatty()
-    )
-    print(f"{out} is a pair: --pair {data.axis or 'name'}={out}")
+    progress = not args.quiet and sys.stderr.isatty()
+    try:
+        out = training.train_pair(
+            model,
+            data,
+            args.out,
+            settings,
+            base_name=name,
+            say=lambda line: print(line, file=sys.stderr),
+            progress=progress,
+        )
+    except KeyboardInterrupt:
+        return kept_in(args.out)
+    results = json.loads((out / "pair.json").read_text(encoding="utf-8"))["results"]
+    header = ["side", "texts", "validate", "steps", "best step", "validation NLL before", "after"]
+    rows = [
+        [
+            side,
+            *(str(r[key]) for key in ("train_texts", "validation_texts", "steps", "best_step")),
+            *(f"{r[key]:.3f}" for key in ("nll_before", "nll_after")),
+        ]
+        for side, r in results.items()
+    ]
+    print(columns([header, *rows]))
+    print(f"\n{out} is a pair: --pair {data.axis or 'name'}={out}")
     return 0

@@ -6,7 +6,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from ensemble_decode.cli.common import SMOLLM2, CommandError
+from ensemble_decode.cli.common import SMOLLM2, CommandError, kept_in
 
 HELP = "search a trigger, the baseline that evaluate compares pairs with"
 
@@ -32,6 +32,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from ensemble_decode.evaluation.report import columns
     from ensemble_decode.evaluation.trigger import SearchSettings, TriggerSearch
     from ensemble_decode.evaluation.trigger_examples import regard_examples
     from ensemble_decode.models.smollm2 import smollm2_path
@@ -45,9 +46,12 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         raise CommandError(f"--model is {args.model!r}: {str(error).strip().splitlines()[0]}") from None
     search = TriggerSearch(model, tokenizer, examples, settings, args.out.expanduser())
-    trigger = search.run()
-    start, *_, end = search.losses
-    print(f"{len(examples)} examples, loss {start:.4f} → {end:.4f}")
-    print(f"trigger: {trigger!r}")
+    try:
+        trigger = search.run()
+    except KeyboardInterrupt:
+        return kept_in(args.out)
+    rows = [[str(i), f"{loss:.4f}"] for i, loss in enumerate(search.losses)]
+    print(columns([["sweeps", f"loss of {len(examples)} examples"], *rows]))
+    print(f"\ntrigger: {trigger!r}")
     print(f"evaluate it with --system {shlex.quote(f'trigger: alpha=0; trigger={trigger}')}")
     return 0

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from ensemble_decode.evaluation.runner import write
+
 WEIGHTS = "classifier.safetensors"
 CONFIG = "classifier.json"
 _FORMAT = "ensemble_decode.tfidf"
@@ -69,8 +71,12 @@ class TfidfClassifier:
         return self.weights[:, columns] @ (values / np.linalg.norm(values)) + self.bias
 
     def save(self, folder: Path) -> None:
-        """Write ``classifier.safetensors`` and ``classifier.json`` into a folder, which is made."""
+        """Write ``classifier.safetensors`` and ``classifier.json`` into a folder, which is made.
+
+        The second is there only while both are whole.
+        """
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG).unlink(missing_ok=True)
         arrays = {"idf": self.idf, "weights": self.weights, "bias": self.bias}
         save_file({key: np.ascontiguousarray(value) for key, value in arrays.items()}, folder / WEIGHTS)
         config = {
@@ -80,7 +86,7 @@ class TfidfClassifier:
             "fidelity": self.fidelity,
             "vocabulary": sorted(self.vocabulary, key=self.vocabulary.__getitem__),
         }
-        (folder / CONFIG).write_text(json.dumps(config, ensure_ascii=False), encoding="utf-8")
+        write(folder / CONFIG, json.dumps(config, ensure_ascii=False))
 
 
 def load_tfidf(folder: Path) -> TfidfClassifier:

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ensemble_decode.cli.common import refuse_missing
+from ensemble_decode.cli.common import kept_in, refuse_missing
 from examples.experiment.report import write_results
 from examples.experiment.settings import DEFAULT, read_settings
 from examples.experiment.stages import Laboratory
@@ -52,7 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         out = args.out / "quick" if args.size == "quick" else args.out
         out.mkdir(parents=True, exist_ok=True)
         laboratory = Laboratory(experiment, args.data, out, progress=sys.stderr.isatty())
-        for name in known if args.stage is None else [args.stage]:
+        chosen = known if args.stage is None else [args.stage]
+        stages = [experiment.stages[name] for name in chosen if name in experiment.stages]
+        laboratory.check(stages, train=TRAIN in chosen, calibrate=CALIBRATE in chosen)
+        for name in chosen:
             print(f"── {name}")
             if name == TRAIN:
                 laboratory.train(experiment.axes)
@@ -63,8 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             else:
                 laboratory.run(experiment.stages[name])
     except KeyboardInterrupt:
-        print(f"interrupted: what is done is kept in {args.out}, the same command goes on from there", file=sys.stderr)
-        return 130
+        return kept_in(args.out)
     except (ValueError, OSError) as error:
         print(f"experiment: {error}", file=sys.stderr)
         return 2

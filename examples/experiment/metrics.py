@@ -17,6 +17,7 @@ from ensemble_decode.evaluation.metric import Metric
 from ensemble_decode.evaluation.perplexity import Perplexity
 from ensemble_decode.evaluation.regard import Regard
 from ensemble_decode.evaluation.stereoset import StereoSet
+from ensemble_decode.evaluation.tfidf import CONFIG
 from ensemble_decode.evaluation.toxicity import Toxicity
 from ensemble_decode.evaluation.winobias import WinoBias
 
@@ -59,7 +60,7 @@ def make_texts(folder: Path, settings: Mapping[str, Any]) -> Continuations:
 
 def distilled(kind: str, data: Path, folder: Path, say: Callable[[str], None]) -> ClassifierSource:
     """The distilled stand-in of a classifier, trained when it is first needed."""
-    if not (folder / kind).is_dir():
+    if not (folder / kind / CONFIG).is_file():
         say(f"distilling a stand-in for the {kind} classifier")
         train, test = read_labelled(data)
         {"regard": distill_regard, "toxicity": distill_toxicity}[kind](train, test).save(folder / kind)

@@ -60,8 +60,9 @@ def write_results(out: Path, docs: Path) -> Path:
 
 
 def digest(stage: Mapping[str, Any]) -> str:
-    """Of a stage's figures and how they came about: the words of the page are those of one run."""
-    return hashlib.sha256(json.dumps(stage, sort_keys=True).encode()).hexdigest()[:12]
+    """Of a stage's figures and how they came about, but for where its files lay: the words of the page are those of one run."""
+    figures = {key: value for key, value in stage.items() if key != "of"}
+    return hashlib.sha256(json.dumps(figures, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def table(stage: Mapping[str, Any], columns: Sequence[Sequence[str]]) -> str:

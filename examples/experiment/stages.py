@@ -12,18 +12,22 @@ from typing import Any
 from ensemble_decode import LLM
 from ensemble_decode.cli.common import SMOLLM2, refuse_learned
 from ensemble_decode.corpora.stereoset import SOURCE as STEREOSET
+from ensemble_decode.corpora.stereoset import read_examples
 from ensemble_decode.evaluation.classifiers import ClassifierSource
 from ensemble_decode.evaluation.comparison import compare_all
+from ensemble_decode.evaluation.distill import read_labelled
 from ensemble_decode.evaluation.metric import Metric, System
+from ensemble_decode.evaluation.perplexity import read_text
 from ensemble_decode.evaluation.report import Report
 from ensemble_decode.evaluation.runner import Results, Task, fingerprint, make_tasks, run_tasks, write
 from ensemble_decode.evaluation.swept import share_forwards
+from ensemble_decode.evaluation.trigger_examples import regard_examples
 from ensemble_decode.experts.calibration import CalibrationSettings, Calibrator
 from ensemble_decode.experts.card import digest
 from ensemble_decode.experts.training import SIDES, train_pair
 from ensemble_decode.models.pairs import ExpertPair
 from ensemble_decode.models.smollm2 import HUB_ID, smollm2_path
-from examples.experiment.metrics import distilled, make_metric, make_texts
+from examples.experiment.metrics import READING, distilled, make_metric, make_texts
 from examples.experiment.settings import Experiment, PairSpec, Stage, SystemSpec
 from examples.experiment.trigger import find_trigger
 
@@ -105,6 +109,32 @@ class Laboratory:
             dtype=self.experiment.dtype,
         )
 
+    # ── before anything is computed ─────────────────────────────────────────────────────────────────────────────────
+    def check(self, stages: Sequence[Stage], train: bool = False, calibrate: bool = False) -> None:
+        """Read once what the stages will read, so that a corpus that is missing is said now and not after hours."""
+        systems = [spec for stage in stages for spec in stage.systems]
+        calibrate |= any(spec.calibrated for spec in systems)
+        axes = self.experiment.axes if train or calibrate else []
+        for name in dict.fromkeys([*axes, *(name for spec in systems for name in spec.alpha)]):
+            pair = self.experiment.pairs[name]
+            if pair.folder is None:
+                pair.texts(self.data)
+        if calibrate:
+            read_examples(self.data, "intrasentence")
+            read_text(self.data, "paper", "valid")
+        if any(spec.searched for spec in systems):
+            search = self.experiment.trigger
+            regard_examples(self.data, search["domain"], search["examples"])
+        for stage in stages:
+            texts = make_texts(self.out / "continuations", self.experiment.text_of(stage))
+            for name in stage.metrics:
+                settings = self.experiment.settings_of(stage, name)
+                if name in READING and "classifier" not in settings:  # its stand-in is distilled when it is needed
+                    texts.check(self.data)
+                    read_labelled(self.data)
+                else:
+                    make_metric(name, settings, texts, self._stand_in)[0].check(self.data)
+
     # ── calibrating ─────────────────────────────────────────────────────────────────────────────────────────────────
     def calibrate(self) -> dict[str, float]:
         """The calibrated α of the axes' pairs, measured once; the whole calibration is in ``OUT/calibration.json``."""
@@ -115,9 +145,10 @@ class Laboratory:
         settings = CalibrationSettings(**self.experiment.calibration)
         path = self.out / "calibration.json"
         kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        key = json.loads(json.dumps({"identity": identity, "settings": self.experiment.calibration}))
+        domains = {name: self.experiment.pairs[name].axis for name in axes}
+        of = {"identity": identity, "settings": self.experiment.calibration, "axes": domains}
+        key = json.loads(json.dumps(of | {"data": str(self.data.resolve())}))
         if kept.get("of") != key:
-            domains = {name: self.experiment.pairs[name].axis for name in axes}
             found = Calibrator(self.load(axes), domains, self.data, self.out, settings, identity, self.say).run()
             self.say(found.to_text())
             kept = json.loads(found.to_json()) | {"of": key}
@@ -138,7 +169,6 @@ class Laboratory:
         texts = make_texts(self.out / "continuations", self.experiment.text_of(stage))
         for name in stage.metrics:
             metric, limit = make_metric(name, self.experiment.settings_of(stage, name), texts, self._stand_in)
-            metric.check(self.data)
             tasks = self.tasks(specs, metric, limit, llm)
             for system, figures in run_tasks(tasks, self.data, self.out, limit, self.say).items():
                 results[system].update(figures)

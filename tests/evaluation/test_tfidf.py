@@ -77,6 +77,20 @@ def test_a_damaged_folder_is_refused(fitted, tmp_path):
         load_tfidf(tmp_path)
 
 
+def test_a_classifier_that_was_killed_while_it_was_saved_is_none(fitted, tmp_path, monkeypatch):
+    ours = fitted[2]
+    ours.save(tmp_path)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ensemble_decode.evaluation.tfidf.save_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        ours.save(tmp_path)
+    with pytest.raises(FileNotFoundError, match="ensemble-decode distill"):
+        load_tfidf(tmp_path)
+
+
 def test_an_unreachable_classifier_says_what_to_do(tmp_path):
     with pytest.raises(ValueError, match="ensemble-decode distill"):
         load_classifier(str(tmp_path / "nothing"))

@@ -151,15 +151,27 @@ def test_examples_are_balanced_over_groups_and_labels(data):
         regard_examples(data, "gender", 2)
 
 
+def test_an_interrupted_search_says_where_it_is_kept(data, models, tmp_path, capsys, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TriggerSearch, "run", interrupted)
+    folder = with_tokenizer(models.model("llama"), tmp_path / "model", VOCAB)
+    flags = ["-m", str(folder), "--data", str(data), "--out", str(tmp_path / "state.json"), "--examples", "1"]
+    assert main(["trigger", *flags]) == 130
+    assert "kept in" in capsys.readouterr().err
+
+
 def test_the_command_searches_and_goes_on(data, models, tmp_path, capsys):
     folder = with_tokenizer(models.model("llama"), tmp_path / "model", VOCAB)
     flags = ["-m", str(folder), "--data", str(data), "--out", str(tmp_path / "state.json"), "--examples", "1"]
     command = ["trigger", *flags, "--length", "2", "--candidates", "4", "--sweeps"]
     assert main([*command, "1"]) == 0
     first = capsys.readouterr().out
-    assert "6 examples, loss" in first
+    assert "loss of 6 examples" in first
     assert "--system 'trigger: alpha=0; trigger=w" in first
     assert main([*command, "2"]) == 0
     assert json.loads((tmp_path / "state.json").read_text())["step"] == 4
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[:4]] == ["sweeps", "0", "1", "2"]
     assert main([*command, "2", "--domain", "age"]) == 2
     assert "domain is 'age'" in capsys.readouterr().err

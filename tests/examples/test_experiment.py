@@ -208,6 +208,28 @@ def test_alpha_and_trigger_are_found_once_and_long_texts_are_measured_by_segment
     assert (out / "pages/pictures/calibration.svg").is_file()
 
 
+@pytest.mark.parametrize("missing", ["stereoset", "wikitext-2", "bold", "bold_labelled_zemour", "redditbias"])
+def test_a_missing_corpus_is_said_before_anything_is_computed(
+    missing: str, data: Path, settings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    less = shutil.copytree(data, tmp_path / "less")
+    shutil.rmtree(less / missing)
+    assert run(less, tmp_path / "out", settings) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("experiment: ")
+    assert said.err.count("\n") == 1
+
+
+def test_a_calibration_is_of_its_data_and_axes(data: Path, settings: Path, out: Path, tmp_path: Path) -> None:
+    path, written = out / "calibration.json", []
+    for corpora in (data, data, shutil.copytree(data, tmp_path / "other")):
+        assert run(corpora, out, settings, "--stage", "calibrate") == 0
+        written.append(path.stat().st_mtime_ns)
+    assert written[0] == written[1] < written[2]
+    assert json.loads(path.read_text())["of"]["axes"] == {"tea": "gender"}
+
+
 @pytest.mark.parametrize(
     ("old", "new", "other"),
     [

@@ -268,6 +268,29 @@ def test_the_command_says_what_is_wrong(
     assert message in capsys.readouterr().err
 
 
+def test_the_command_goes_on_where_it_was_interrupted_and_ends_with_a_table(
+    models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = with_tokenizer(models.model("llama"), tmp_path / "model", 199)
+    for side in training.SIDES:
+        (tmp_path / side).write_text("\n".join(lines("w5" if side == "expert" else "w6")))
+    sources = ["--expert", str(tmp_path / "expert"), "--anti-expert", str(tmp_path / "anti_expert")]
+    command = ["train", str(tmp_path / "out"), "-m", str(model), *sources, "--steps", "2", "--evaluate-every", "2"]
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "_publish", interrupted)
+        assert main(command) == 130
+    assert f"kept in {tmp_path / 'out'}, the same command goes on" in capsys.readouterr().err
+    assert main(command) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split()[:2] == ["side", "texts"]
+    assert [line.split()[0] for line in table[1:3]] == ["expert", "anti_expert"]
+    assert table[-1] == f"{tmp_path / 'out'} is a pair: --pair name={tmp_path / 'out'}"
+
+
 def test_a_model_that_can_not_be_read_is_one_line_and_begins_nothing(
     models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
