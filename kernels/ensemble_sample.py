@@ -588,11 +588,13 @@ def whole_row_kernel(
 
 # ── the host's side ─────────────────────────────────────────────────────────────────────────────────────────────────
 def one_launch_fits(capability: tuple[int, int] | None, vocab: int) -> bool:
-    """Whether a device holds a row of ``vocab`` scores in the registers of one cluster.
+    """Whether a device holds a row of ``vocab`` scores in the registers of one cluster, and this Triton compiles that.
 
-    Data-centre Hopper and Blackwell form clusters of 16; consumer Blackwell (12.x) stops at 8, half as many tokens.
+    Data-centre Hopper and Blackwell form clusters of 16; consumer Blackwell (12.x) stops at 8, half as many tokens. Triton
+    before 3.8 fails on the kernel ("TritonGPUPlanCTAPass").
     """
-    if capability is None or capability < (9, 0):
+    triton_version = tuple(int(x) for x in triton.__version__.split(".")[:2])
+    if capability is None or capability < (9, 0) or triton_version < (3, 8):
         return False
     return vocab <= (131072 if capability[0] in (9, 10) else 65536)
 

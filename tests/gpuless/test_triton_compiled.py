@@ -166,6 +166,17 @@ def test_the_form_depends_on_the_device_and_the_vocabulary(
         assert constants == {name: many.arguments[name] for name in constants}
 
 
+@pytest.mark.parametrize(("version", "number"), [("3.7.1", 2), ("3.8.0", 1), ("3.10.0+git1a2b", 1), ("4.0.0", 1)])
+def test_a_triton_that_does_not_compile_the_cluster_launches_twice(
+    version: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("triton.__version__", version)
+    with FakeTensorMode():
+        for vocab in (50257, 128256):
+            plan, _ = launches(on_a_fake_gpu(vocab, 7), capability=(9, 0))
+            assert len(plan) == number
+
+
 @pytest.mark.skipif(not torch.library.wrap_triton, reason="needs torch.library.wrap_triton")
 def test_a_traced_graph_shows_the_launches() -> None:
     from torch.fx.experimental.proxy_tensor import make_fx
