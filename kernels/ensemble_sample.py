@@ -620,7 +620,7 @@ def plan(
 
     Shapes and types as in ``ops.ensemble_sample``, not checked here. Nothing is read of any tensor: the launches depend on
     shapes, strides and types alone, so they can be captured in a CUDA graph. The grid depends on the vocabulary and the
-    number of rows, the order of every sum on the vocabulary only.
+    number of rows, the order of every sum on the vocabulary and the type only.
 
     Parameters
     ----------
@@ -653,10 +653,12 @@ def plan(
     sizes["FIELDS"] = LIST.value + 3 * steps + 2 * candidates
     inputs["workspace"] = torch.empty(rows, sizes["FIELDS"], sizes["LANES"], dtype=torch.float32, device=target.device)
     inputs["ticket"] = torch.empty(rows, dtype=torch.int32, device=target.device)
-    # Eight tokens a thread: one 16-byte load of a 16-bit type.
-    options["num_warps"] = block // 8 // (32 if capability else 64)
+    # Eight tokens a thread: one 16-byte load of a 16-bit type. In the second kernel four of float32, whose pairs would spill.
+    warp_size = 32 if capability else 64
+    options["num_warps"] = block // 8 // warp_size
+    resolve_options = options | {"num_warps": block * target.element_size() // 16 // warp_size}
     # Left alone, ptxas keeps the second kernel to fewer registers than that, and spills.
-    resolve_options = options | ({"maxnreg": 128} if capability else {})
+    resolve_options |= {"maxnreg": 128} if capability else {}
     more = {"IS_COMBINED": target_is_combined, "CHUNKS": chunks, "CANDIDATES": candidates}
     return [
         Launch(partials_kernel, (rows, chunks), inputs | sizes, options),
