@@ -344,6 +344,7 @@ def resolve_kernel(
         chunk_sum = tl.load(base + SUM * LANES + lane, mask=used, other=0.0)
         maximum = tl.max(chunk_max, 0)
         valid = (tl.max(tl.load(base + BAD * LANES + lane, mask=used, other=0.0), 0) == 0.0) & (maximum > NONE)
+        valid = valid & (ratio <= 1.0)  # above 1 min-p keeps no token
         total = tl.sum(chunk_sum * tl.exp(chunk_max - tl.where(valid, maximum, 0.0)), 0)
         target_maximum, target_total = maximum, total
         f_max, f_total, f_field = maximum, total, MAX
@@ -528,7 +529,8 @@ def whole_row_kernel(
     s, t = _scores_of_whole_row(logits, vocab, heat, PAIRS, HAS_ANTI, BLOCK)
     maximum = tl.max(s, 0)
     bad = tl.max(tl.where(s <= LARGEST, 0.0, 1.0), 0)
-    valid = (bad == 0.0) & (maximum > NONE)
+    ratio = tl.load(min_p + row)
+    valid = (bad == 0.0) & (maximum > NONE) & (ratio <= 1.0)  # above 1 min-p keeps no token
     total = _exp_sum(s, maximum)
     target_maximum, target_total = maximum, total
     f = s
@@ -539,7 +541,7 @@ def whole_row_kernel(
         if BY_TARGET:
             f = t
             f_max, f_total = target_maximum, target_total
-    least = _least(f_max, f_total, k, p, tl.load(min_p + row), vocab)
+    least = _least(f_max, f_total, k, p, ratio, vocab)
     unfiltered = (p >= 1.0) & (k == 0)
     if (k > 0) & (p < 1.0):
         # The k-th largest, bit by bit; then the mass from it on.
@@ -618,9 +620,10 @@ def plan(
 ) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor]]:
     """The launches that sample one token a row, and the tensors they write: (token, logprob, target_logprob).
 
-    Shapes and types as in ``ops.ensemble_sample``, not checked here. Nothing is read of any tensor: the launches depend on
-    shapes, strides and types alone, so they can be captured in a CUDA graph. The grid depends on the vocabulary and the
-    number of rows, the order of every sum on the vocabulary and the type only.
+    Shapes and types as in ``ops.ensemble_sample``, not checked here; a row whose min_p is above 1 has token −1, as in CUDA
+    C++. Nothing is read of any tensor: the launches depend on shapes, strides and types alone, so they can be captured in a
+    CUDA graph. The grid depends on the vocabulary and the number of rows, the order of every sum on the vocabulary and the
+    type only.
 
     Parameters
     ----------
