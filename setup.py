@@ -3,7 +3,7 @@
 Everything else about the package is in pyproject.toml. The extension uses LibTorch's stable ABI:
 one file for every Python from 3.11 on and every torch from 2.13 on. A build host needs no GPU, and neither does a
 machine that loads the file: the CUDA runtime is linked statically. ``ENSEMBLE_DECODE_CUDA=0`` leaves CUDA out,
-``ENSEMBLE_DECODE_CUDA=1`` makes a missing nvcc an error.
+``ENSEMBLE_DECODE_CUDA=1`` makes it an error to build without.
 """
 
 import os
@@ -25,7 +25,7 @@ except ImportError:
 
 ROOT = Path(__file__).parent
 TORCH_TARGET_VERSION = "0x020d000000000000"
-# The last one also as PTX, for GPUs that are newer.
+# Of these, what nvcc knows (CUDA 12.8 is the first with 100). The last one also as PTX, for GPUs that are newer.
 CUDA_ARCHITECTURES = ("80", "90", "100")
 
 
@@ -47,38 +47,58 @@ def cuda_home() -> Path | None:
     return Path(tops[0]).resolve()
 
 
+def without_cuda(why: str) -> None:
+    """Says why CUDA is left out; the end where it was asked for."""
+    if os.environ.get("ENSEMBLE_DECODE_CUDA") == "1":
+        sys.exit(f"ensemble_decode: ENSEMBLE_DECODE_CUDA is 1, but {why}")
+    print(f"ensemble_decode: {why}; building without CUDA", file=sys.stderr)
+
+
+def compile_cuda(home: Path, folder: Path) -> tuple[Path, Path] | None:
+    """Compiles ``csrc/cuda`` into ``folder``: the object file, and the folder of the runtime that it needs; None without."""
+    runtime = next(home.rglob("libcudart_static.a"), None)
+    if runtime is None:
+        return without_cuda(f"there is no libcudart_static.a under {home}")
+    nvcc = str(home / "bin" / "nvcc")
+    source = ROOT / "csrc" / "cuda" / "ensemble_sample.cu"
+    target = folder / "ensemble_sample_cuda.o"
+    read = [
+        *(ROOT / "csrc").glob("*.h"),
+        *(ROOT / "csrc" / "cpu").glob("*.h"),
+        *source.parent.iterdir(),
+        Path(__file__),
+    ]
+    if target.exists() and target.stat().st_mtime > max(p.stat().st_mtime for p in read):
+        return target, runtime.parent
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    architectures = [a for a in CUDA_ARCHITECTURES if f"compute_{a}" in known]
+    if not architectures:
+        return without_cuda(f"{nvcc} knows none of sm_{', sm_'.join(CUDA_ARCHITECTURES)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
+    codes.append(f"-gencode=arch=compute_{architectures[-1]},code=compute_{architectures[-1]}")
+    # --fmad=false for the same reason as -ffp-contract=off below.
+    flags = ["-O3", "-std=c++17", "--fmad=false", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    if subprocess.run([nvcc, *flags, *codes, "-c", str(source), "-o", str(target)]).returncode:
+        return without_cuda(f"{nvcc} did not compile {source.name} (it says why above)")
+    return target, runtime.parent
+
+
 class Build(BuildExtension):  # type: ignore[misc]
     """Before the C++ files, compiles ``csrc/cuda`` where the toolkit is: some ten seconds."""
 
     def build_extensions(self) -> None:
         home = cuda_home()
-        for extension in self.extensions:
-            if home is not None:
-                extension.extra_objects.append(str(self.compile_cuda(home)))
+        compiled = compile_cuda(home, Path(self.build_temp).resolve()) if home is not None else None
+        if home is not None and compiled is not None:
+            kernels, runtime = compiled
+            for extension in self.extensions:
+                extension.extra_objects.append(str(kernels))
                 extension.define_macros.append(("ENSEMBLE_DECODE_WITH_CUDA", None))
                 extension.include_dirs.append(str(home / "include"))
-                extension.library_dirs.append(str(next(p.parent for p in home.rglob("libcudart_static.a"))))
+                extension.library_dirs.append(str(runtime))
                 extension.libraries += ["cudart_static", "dl", "pthread", "rt"]
         super().build_extensions()
-
-    def compile_cuda(self, home: Path) -> Path:
-        source = ROOT / "csrc" / "cuda" / "ensemble_sample.cu"
-        target = Path(self.build_temp).resolve() / "ensemble_sample_cuda.o"
-        read = [
-            *(ROOT / "csrc").glob("*.h"),
-            *(ROOT / "csrc" / "cpu").glob("*.h"),
-            *source.parent.iterdir(),
-            Path(__file__),
-        ]
-        if target.exists() and target.stat().st_mtime > max(p.stat().st_mtime for p in read):
-            return target
-        target.parent.mkdir(parents=True, exist_ok=True)
-        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
-        codes.append(f"-gencode=arch=compute_{CUDA_ARCHITECTURES[-1]},code=compute_{CUDA_ARCHITECTURES[-1]}")
-        # --fmad=false for the same reason as -ffp-contract=off below.
-        flags = ["-O3", "-std=c++17", "--fmad=false", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-        subprocess.run([str(home / "bin" / "nvcc"), *flags, *codes, "-c", str(source), "-o", str(target)], check=True)
-        return target
 
 
 def extensions() -> list:

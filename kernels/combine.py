@@ -51,19 +51,14 @@ def combined_at(logits, at, vocab, PAIRS: tl.constexpr, HAS_ANTI: tl.constexpr, 
     target, expert, anti, expert_pair_stride, anti_pair_stride, alpha = logits
     z = _load(target, at, vocab > 0, vocab, float("-inf"), PLACE)
     combined = z
-    # Unrolled, the loads of all pairs are in flight together, which takes registers that a whole row needs.
-    if PAIRS <= 4 and PLACE != WHOLE_ROW:
+    # Unrolled, the loads of all pairs are in flight together, which takes registers: a whole row needs them, and with more
+    # pairs the sampler's second launch spills.
+    if PAIRS <= 2 and PLACE != WHOLE_ROW:
         for pair in tl.static_range(PAIRS):
             weight = tl.load(alpha + pair)
-            combined += weight * _difference(
-                expert + pair * expert_pair_stride,
-                anti + pair * anti_pair_stride,
-                at,
-                weight != 0.0,
-                vocab,
-                HAS_ANTI,
-                PLACE,
-            )
+            combined += weight * _difference(expert, anti, at, weight != 0.0, vocab, HAS_ANTI, PLACE)
+            expert += expert_pair_stride
+            anti += anti_pair_stride
     else:
         for pair in range(PAIRS):
             weight = tl.load(alpha + pair)

@@ -344,6 +344,7 @@ def resolve_kernel(
         chunk_sum = tl.load(base + SUM * LANES + lane, mask=used, other=0.0)
         maximum = tl.max(chunk_max, 0)
         valid = (tl.max(tl.load(base + BAD * LANES + lane, mask=used, other=0.0), 0) == 0.0) & (maximum > NONE)
+        valid = valid & (ratio <= 1.0)  # above 1 min-p keeps no token
         total = tl.sum(chunk_sum * tl.exp(chunk_max - tl.where(valid, maximum, 0.0)), 0)
         target_maximum, target_total = maximum, total
         f_max, f_total, f_field = maximum, total, MAX
@@ -528,7 +529,8 @@ def whole_row_kernel(
     s, t = _scores_of_whole_row(logits, vocab, heat, PAIRS, HAS_ANTI, BLOCK)
     maximum = tl.max(s, 0)
     bad = tl.max(tl.where(s <= LARGEST, 0.0, 1.0), 0)
-    valid = (bad == 0.0) & (maximum > NONE)
+    ratio = tl.load(min_p + row)
+    valid = (bad == 0.0) & (maximum > NONE) & (ratio <= 1.0)  # above 1 min-p keeps no token
     total = _exp_sum(s, maximum)
     target_maximum, target_total = maximum, total
     f = s
@@ -539,7 +541,7 @@ def whole_row_kernel(
         if BY_TARGET:
             f = t
             f_max, f_total = target_maximum, target_total
-    least = _least(f_max, f_total, k, p, tl.load(min_p + row), vocab)
+    least = _least(f_max, f_total, k, p, ratio, vocab)
     unfiltered = (p >= 1.0) & (k == 0)
     if (k > 0) & (p < 1.0):
         # The k-th largest, bit by bit; then the mass from it on.
@@ -588,11 +590,13 @@ def whole_row_kernel(
 
 # ── the host's side ─────────────────────────────────────────────────────────────────────────────────────────────────
 def one_launch_fits(capability: tuple[int, int] | None, vocab: int) -> bool:
-    """Whether a device holds a row of ``vocab`` scores in the registers of one cluster.
+    """Whether a device holds a row of ``vocab`` scores in the registers of one cluster, and this Triton compiles that.
 
-    Data-centre Hopper and Blackwell form clusters of 16; consumer Blackwell (12.x) stops at 8, half as many tokens.
+    Data-centre Hopper and Blackwell form clusters of 16; consumer Blackwell (12.x) stops at 8, half as many tokens. Triton
+    before 3.8 fails on the kernel ("TritonGPUPlanCTAPass").
     """
-    if capability is None or capability < (9, 0):
+    triton_version = tuple(int(x) for x in triton.__version__.split(".")[:2])
+    if capability is None or capability < (9, 0) or triton_version < (3, 8):
         return False
     return vocab <= (131072 if capability[0] in (9, 10) else 65536)
 
@@ -616,9 +620,10 @@ def plan(
 ) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor]]:
     """The launches that sample one token a row, and the tensors they write: (token, logprob, target_logprob).
 
-    Shapes and types as in ``ops.ensemble_sample``, not checked here. Nothing is read of any tensor: the launches depend on
-    shapes, strides and types alone, so they can be captured in a CUDA graph. The grid depends on the vocabulary and the
-    number of rows, the order of every sum on the vocabulary only.
+    Shapes and types as in ``ops.ensemble_sample``, not checked here; a row whose min_p is above 1 has token −1, as in CUDA
+    C++. Nothing is read of any tensor: the launches depend on shapes, strides and types alone, so they can be captured in a
+    CUDA graph. The grid depends on the vocabulary and the number of rows, the order of every sum on the vocabulary and the
+    type only.
 
     Parameters
     ----------
@@ -651,10 +656,12 @@ def plan(
     sizes["FIELDS"] = LIST.value + 3 * steps + 2 * candidates
     inputs["workspace"] = torch.empty(rows, sizes["FIELDS"], sizes["LANES"], dtype=torch.float32, device=target.device)
     inputs["ticket"] = torch.empty(rows, dtype=torch.int32, device=target.device)
-    # Eight tokens a thread: one 16-byte load of a 16-bit type.
-    options["num_warps"] = block // 8 // (32 if capability else 64)
+    # Eight tokens a thread: one 16-byte load of a 16-bit type. In the second kernel four of float32, whose pairs would spill.
+    warp_size = 32 if capability else 64
+    options["num_warps"] = block // 8 // warp_size
+    resolve_options = options | {"num_warps": block * target.element_size() // 16 // warp_size}
     # Left alone, ptxas keeps the second kernel to fewer registers than that, and spills.
-    resolve_options = options | ({"maxnreg": 128} if capability else {})
+    resolve_options |= {"maxnreg": 128} if capability else {}
     more = {"IS_COMBINED": target_is_combined, "CHUNKS": chunks, "CANDIDATES": candidates}
     return [
         Launch(partials_kernel, (rows, chunks), inputs | sizes, options),

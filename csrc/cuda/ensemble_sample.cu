@@ -8,8 +8,15 @@ namespace {
 template <typename T>
 cudaError_t in_clusters(const SampleArgs& args, const Plan& plan, cudaStream_t stream) {
   auto kernel = ensemble_sample_cluster<T>;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           static_cast<int>(plan.shared_bytes));
+  // All that there is, whatever this call needs: the limit is the function's, and other threads launch it too.
+  int device = 0, shared = 0;
+  cudaFuncAttributes own = {};
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&own, kernel);
+  if (error == cudaSuccess)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 shared - static_cast<int>(own.sharedSizeBytes));
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute cluster = {};
   cluster.id = cudaLaunchAttributeClusterDimension;

@@ -111,6 +111,50 @@ def test_the_checks_notice_what_they_look_for(tmp_path: Path) -> None:
     assert not any(kernel.wide_loads for name, kernel in planted.items() if "visit" in name)
 
 
+#: A CUDA runtime whose device has 1,000 bytes of shared memory for a block's asking, and a caller of two sizes.
+HOST = """
+#include "ensemble_sample.h"
+#include <cstdio>
+extern "C" {
+cudaError_t cudaGetDevice(int*) { return cudaSuccess; }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 1000, cudaSuccess; }
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* own, const void*) { return own->sharedSizeBytes = 100, cudaSuccess; }
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int value) { return std::printf("%d\\n", value), cudaSuccess; }
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void*, void**) {
+  return std::printf("launch %zu\\n", config->dynamicSmemBytes), cudaSuccess;
+}
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+}
+int main() {
+  ensemble_decode::SampleArgs args = {};
+  args.rows = 1;
+  for (size_t bytes = 400; bytes <= 800; bytes += 400)
+    ensemble_decode::cuda::ensemble_sample(args, {true, 8, 8, bytes, 0}, nullptr, nullptr);
+}
+"""
+#: What nvcc's code calls besides: registration, which nothing needs here.
+INSIDE = ["GetKernel", "InitModule", "LaunchKernel", "PopCallConfiguration", "PushCallConfiguration"]
+INSIDE += ["RegisterFatBinary", "RegisterFatBinaryEnd", "RegisterFunction", "UnregisterFatBinary"]
+
+
+def test_a_launch_leaves_another_threads_its_shared_memory(tmp_path: Path) -> None:
+    """The limit belongs to the kernel: set to a launch's own size, it would fail a larger one between the two calls."""
+    (tmp_path / "host.cc").write_text(HOST)
+    (tmp_path / "inside.c").write_text("".join(f"void* __cuda{name}() {{ return 0; }}\n" for name in INSIDE))
+    command = [
+        str(NVCC),
+        "-std=c++17",
+        "-arch=sm_90",
+        "-cudart=none",
+        f"-I{SOURCE.parent}",
+        "-o",
+        str(tmp_path / "host"),
+    ]
+    subprocess.run([*command, str(SOURCE), "host.cc", "inside.c"], check=True, capture_output=True, cwd=tmp_path)
+    said = subprocess.run([tmp_path / "host"], capture_output=True, text=True, check=True).stdout
+    assert said.splitlines() == ["900", "launch 400", "900", "launch 800"]
+
+
 @pytest.mark.skipif(not library.available, reason="the compiled operators are not built")
 def test_the_library_needs_no_cuda_to_load() -> None:
     """Where it was built with CUDA: the operator is there, for all three architectures, with no library of NVIDIA's."""

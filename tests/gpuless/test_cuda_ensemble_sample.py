@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(
     reason="running CUDA source on a CPU needs g++ on x86-64 Linux",
 )
 
-#: The whole grid of the contract instead of a sample of it: 8,628 rows, some two minutes.
+#: The whole grid of the contract instead of a sample of it: some minutes.
 FULL = os.environ.get("ENSEMBLE_DECODE_FULL_GRID") == "1"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PAIRS = [(0, False), (1, False), (1, True), (2, False), (3, False), (3, True)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -32,3 +34,19 @@ def test_the_bits_of_the_reference(pairs: int, difference: bool, padding: int, d
         run(launch.kernel, launch.grid, races=True, **launch.arguments, **launch.options)
     assert torch.equal(out[:, :2500], reference.combine(*case.logits, case.alpha))
     assert (out[:, 2500:] == 5.0).all()
+
+
+def test_pairs_further_apart_than_32_bits_count(tmp_path: Path) -> None:
+    """The third pair begins 2³¹ + 32 elements after the first, and the stride itself is an int32: in a file of holes."""
+    stride, vocab = 2**30 + 16, 40
+    size = 2 * stride + vocab
+    far = torch.from_file(str(tmp_path / "pairs"), shared=True, size=size, dtype=torch.float16)
+    case = make_case(vocab, [(1.0, 0, 0.0, 1.0)], pairs=3, dtype=torch.float16)
+    assert case.expert is not None
+    expert = far.as_strided((3, 1, vocab), (stride, vocab, 1))
+    expert.copy_(case.expert)
+    out = torch.empty(1, vocab)
+    logits, alpha = (case.target, expert, case.anti_expert), torch.tensor([[0.5, 1.0, 2.0]])
+    (launch,) = combine.plan(*logits, alpha, out)
+    run(launch.kernel, launch.grid, **launch.arguments, **launch.options)
+    assert torch.equal(out, reference.combine(*logits, alpha))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections import Counter
@@ -21,11 +22,16 @@ from ensemble_decode.kernels.launch import Launch
 
 from ..ops.sampling_cases import Case, make_case
 from .aot import compile_call, opcodes, resources, sass, uses_fp64
+from .sass import blocks_per_multiprocessor
 from .triton_sample import launches
 
 FULL = os.environ.get("ENSEMBLE_DECODE_FULL_GRID") == "1"
-#: Registers a thread, at most: what two blocks of 512, and four of 128, leave of the 65,536 of a multiprocessor.
-REGISTERS = {"whole_row_kernel": 128, "partials_kernel": 80, "resolve_kernel": 128, "combine_kernel": 64}
+#: Registers a thread, at most; on AMD, whose wavefronts share 512, they alone decide how many run at once.
+REGISTERS = {"whole_row_kernel": 128, "partials_kernel": 96, "resolve_kernel": 128, "combine_kernel": 64}
+#: Warps that a multiprocessor of NVIDIA's holds at once, at least.
+WARPS = {"whole_row_kernel": 16, "partials_kernel": 24, "resolve_kernel": 16, "combine_kernel": 32}
+#: Bytes of shared memory a block, at most: 1,024 float32 on their way from one layout to another.
+SHARED = 4096
 
 
 def a_case(vocab: int, dtype: torch.dtype, pairs: int = 1, nucleus: str = "combined") -> Case:
@@ -58,44 +64,73 @@ def check(launch: Launch, arch: int | str, dtype: torch.dtype, wide_loads: int) 
     name = launch.kernel.__name__
     assert needs.spill_bytes == needs.stack_bytes == 0, f"{name} on {arch}: {needs}"
     assert needs.registers <= REGISTERS[name], f"{name} on {arch}: {needs}"
+    assert needs.shared_bytes <= SHARED, f"{name} on {arch}: {needs}"
     wide, narrow = wide_and_narrow(compiled, dtype)
     assert wide >= wide_loads, f"{name} on {arch}: {wide} loads of 16 bytes, expected {wide_loads}"
     if isinstance(arch, int):
         text = sass(compiled)
         assert not uses_fp64(text)
+        warps = launch.options["num_warps"]
+        warps *= blocks_per_multiprocessor(arch, needs.registers, 32 * warps, needs.shared_bytes)
+        assert warps >= WARPS[name], f"{name} on {arch}: {warps} warps on a multiprocessor, {needs}"
         assert not any(code.startswith(("LDL", "STL")) for code in opcodes(text)), f"{name} on {arch}: local memory"
     else:
         assert "_f64" not in compiled.asm["amdgcn"]
     return f"{name} {arch}: {needs.registers} registers, {wide} wide and {narrow} narrow loads"
 
 
+ARCHITECTURES: list[int | str] = [80, 90, 100, "gfx942"]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+VOCABULARIES = [50257, 128256]
+PAIRS = [(1, "combined"), (2, "target"), (3, "target"), (4, "combined")]
+# Samples meet, in either form, every type with every vocabulary; and together every architecture with every type and with
+# every vocabulary.
 TWO_LAUNCHES = [
-    (arch, dtype, vocab, pairs, nucleus)
-    for arch in (80, 90, 100, "gfx942")
-    for dtype in (torch.bfloat16, torch.float16, torch.float32)
-    for vocab in (50257, 128256)
-    for pairs, nucleus in ((1, "combined"), (2, "target"))
+    (80, torch.bfloat16, 50257, 4, "combined"),
+    (80, torch.float16, 128256, 1, "combined"),
+    (80, torch.float32, 50257, 2, "target"),
+    (90, torch.float32, 50257, 3, "target"),
+    (100, torch.float16, 50257, 4, "combined"),
+    ("gfx942", torch.bfloat16, 128256, 2, "target"),
+    ("gfx942", torch.float16, 50257, 3, "target"),
+    ("gfx942", torch.float32, 128256, 1, "combined"),
 ]
-ONE_LAUNCH = [configuration for configuration in TWO_LAUNCHES if configuration[0] in (90, 100)]
+ONE_LAUNCH = [
+    (90, torch.bfloat16, 50257, 1, "combined"),
+    (90, torch.float16, 128256, 2, "target"),
+    (90, torch.float32, 50257, 3, "target"),
+    (100, torch.bfloat16, 128256, 4, "combined"),
+    (100, torch.float16, 50257, 1, "combined"),
+    (100, torch.float32, 128256, 2, "target"),
+]
+if FULL:
+    TWO_LAUNCHES = [(a, d, v, *p) for a, d, v, p in itertools.product(ARCHITECTURES, DTYPES, VOCABULARIES, PAIRS)]
+    ONE_LAUNCH = [configuration for configuration in TWO_LAUNCHES if configuration[0] in (90, 100)]
 
 
-def sampled(grid: list) -> list:
-    """All of it, or every seventh: each architecture, type and vocabulary several times."""
-    return grid if FULL else grid[::7]
+def test_what_the_samples_meet() -> None:
+    for form in (TWO_LAUNCHES, ONE_LAUNCH):
+        assert {c[1:3] for c in form} == set(itertools.product(DTYPES, VOCABULARIES))
+        assert {c[3:] for c in form} == set(PAIRS)
+    both = TWO_LAUNCHES + ONE_LAUNCH
+    assert {c[:2] for c in both} == set(itertools.product(ARCHITECTURES, DTYPES))
+    assert {(c[0], c[2]) for c in both} == set(itertools.product(ARCHITECTURES, VOCABULARIES))
 
 
-@pytest.mark.parametrize(("arch", "dtype", "vocab", "pairs", "nucleus"), sampled(TWO_LAUNCHES), ids=str)
+@pytest.mark.parametrize(("arch", "dtype", "vocab", "pairs", "nucleus"), TWO_LAUNCHES, ids=str)
 def test_two_launches_compile_without_spills_and_with_wide_loads(
     arch: int | str, dtype: torch.dtype, vocab: int, pairs: int, nucleus: str
 ) -> None:
     capability = None if arch == "gfx942" else (arch // 10, 0)  # type: ignore[operator]
     case = a_case(vocab, dtype, pairs, nucleus)
-    wide = (1 + 2 * pairs) * dtype.itemsize // 2  # eight tokens a thread of each tensor
+    tensors = 1 + 2 * (pairs if pairs <= 2 else 1)  # more pairs are a loop
     for launch in launches(case, one_launch=False, capability=capability)[0]:
-        print(check(launch, arch, dtype, wide))
+        threads = launch.options["num_warps"] * (32 if capability else 64)
+        bytes_a_thread = launch.arguments["BLOCK"] // threads * dtype.itemsize
+        print(check(launch, arch, dtype, tensors * bytes_a_thread // 16))
 
 
-@pytest.mark.parametrize(("arch", "dtype", "vocab", "pairs", "nucleus"), sampled(ONE_LAUNCH), ids=str)
+@pytest.mark.parametrize(("arch", "dtype", "vocab", "pairs", "nucleus"), ONE_LAUNCH, ids=str)
 def test_one_launch_compiles_without_spills_and_with_wide_loads(
     arch: int, dtype: torch.dtype, vocab: int, pairs: int, nucleus: str
 ) -> None:
@@ -113,15 +148,18 @@ def test_combine_compiles_without_spills_and_with_wide_loads(arch: int | str) ->
     print(check(combine_launch(case, arch), arch, torch.bfloat16, 5))
 
 
-def test_the_checks_can_fail() -> None:
-    """A stride that nothing divides costs the width; ptxas, left alone, spills."""
+def test_the_checks_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stride that nothing divides costs the width; ptxas, left alone, spills; occupancy is looked at."""
     case = make_case(50257, [(0.9, 0, 0.0, 1.0)] * 2, pairs=1)
     with pytest.raises(AssertionError, match="16 bytes"):
         check(launches(case, one_launch=False)[0][0], 90, torch.float32, 6)
-    left_alone = launches(a_case(50257, torch.float32), one_launch=False)[0][1]
+    left_alone = launches(a_case(50257, torch.float16), one_launch=False)[0][1]
     del left_alone.options["maxnreg"]
     with pytest.raises(AssertionError, match="spill"):
-        check(left_alone, 80, torch.float32, 6)
+        check(left_alone, 90, torch.float16, 3)
+    monkeypatch.setitem(WARPS, "partials_kernel", 65)  # more than one holds
+    with pytest.raises(AssertionError, match="warps on a multiprocessor"):
+        check(launches(a_case(50257, torch.float16), one_launch=False)[0][0], 90, torch.float16, 3)
 
 
 # ── launches, seen without launching ────────────────────────────────────────────────────────────────────────────────
@@ -164,6 +202,17 @@ def test_the_form_depends_on_the_device_and_the_vocabulary(
         assert one.options == many.options
         constants = {name: x for name, x in one.arguments.items() if name.isupper()}
         assert constants == {name: many.arguments[name] for name in constants}
+
+
+@pytest.mark.parametrize(("version", "number"), [("3.7.1", 2), ("3.8.0", 1), ("3.10.0+git1a2b", 1), ("4.0.0", 1)])
+def test_a_triton_that_does_not_compile_the_cluster_launches_twice(
+    version: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("triton.__version__", version)
+    with FakeTensorMode():
+        for vocab in (50257, 128256):
+            plan, _ = launches(on_a_fake_gpu(vocab, 7), capability=(9, 0))
+            assert len(plan) == number
 
 
 @pytest.mark.skipif(not torch.library.wrap_triton, reason="needs torch.library.wrap_triton")

@@ -149,6 +149,16 @@ def test_rows_with_nothing_to_sample_leave_the_others_alone(one_launch: bool) ->
 
 
 @forms
+@pytest.mark.parametrize("nucleus", ["combined", "target"])
+def test_a_min_p_that_keeps_no_token_ends(nucleus: str, one_launch: bool) -> None:
+    """Values are not looked at on the host, and none may hold the device for ever."""
+    rows = [(top_p, top_k, min_p, 1.0) for top_p in (1.0, 0.9) for top_k in (0, 5) for min_p in (1.0, 1.5, math.inf)]
+    case = make_case(1500, rows, pairs=1, nucleus=nucleus)
+    token = Interpreted(one_launch).sample(case).token
+    assert torch.equal(token >= 0, case.min_p <= 1.0)
+
+
+@forms
 def test_noise_of_minus_infinity_and_ties(one_launch: bool) -> None:
     """Words from 0xFFFFFF80 on round to u = 1. Token 0 has one under the first seed, token 5 under the second."""
     row = torch.zeros(1, 1000)
