@@ -375,7 +375,7 @@ class Engine:
             sequence.index,
             self._text(sequence),
             list(sequence.output),
-            sum(entry.logprob for entry in sequence.logprobs) if sequence.logprobs else None,
+            sequence.cumulative_logprob if sequence.logprobs else None,
             None
             if sequence.request.params.logprobs is None
             else self._shown(sequence.logprobs, sequence.shown_logprobs),

@@ -372,9 +372,7 @@ class Scheduler:
             if token < 0:
                 self.finish(sequence, "error", error=self._invalid(sequence))
                 break
-            sequence.append(token)
-            if entry is not None:
-                sequence.logprobs.append(entry)
+            sequence.append(token, entry)
             agrees = index < len(draft) and token == draft[index]
             accepted += agrees
             if agrees:
