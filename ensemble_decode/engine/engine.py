@@ -139,8 +139,6 @@ class Engine:
         if score_only and len(tokens) > 1:
             views[0].tokens = tokens[:-1]  # nothing is asked of the last one
         request.sequences.append(Sequence(request, 0, views))
-        if self.speculator is not None:
-            self.speculator.assign(request)
         self.scheduler.check(request)
         return request
 

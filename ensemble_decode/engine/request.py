@@ -209,6 +209,7 @@ class Request:
     shown_prompt: list[dict[int, Logprob]] = field(default_factory=list)  # the first of them, as outputs have them
     prompt_set: set[int] = field(default_factory=set)
     drafter: Drafter | None = None
+    assigned: bool = False  # whether it was decided what drafts, if anything
 
     @property
     def scores_prompt(self) -> bool:
