@@ -70,8 +70,14 @@ Seconds = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def best_depths(
-    candidates: Sequence[Candidate], tokens: float, rows: float, keys: float, verify: Seconds, draft: Seconds | None
-) -> list[int]:
+    candidates: Sequence[Candidate],
+    tokens: float,
+    rows: float,
+    keys: float,
+    plain: Seconds,
+    verify: Seconds,
+    draft: Seconds | None,
+) -> tuple[list[int], float]:
     """How many tokens each candidate drafts, for most tokens a second of the whole step; all 0 where that gains too little.
 
     Token i of a draft is kept with probability aⁱ at acceptance a (Leviathan et al. 2023). So the most promising tokens
@@ -83,8 +89,14 @@ def best_depths(
     candidates : sequence of Candidate
     tokens, rows, keys : float
         What the step yields and computes without any draft.
-    verify, draft : Seconds
-        Of the step, and of the draft model's; None: drafts are free.
+    plain, verify, draft : Seconds
+        Of the step without drafts, of the one that verifies some, and of the draft model's; None: drafts are free.
+
+    Returns
+    -------
+    depths : list of int
+    saved : float
+        Seconds that they save on each token of the step.
     """
     most = max((candidate.most for candidate in candidates), default=0)
     depth = np.arange(most)
@@ -93,7 +105,7 @@ def best_depths(
     weights = np.array([candidate.rows for candidate in candidates])
     order = np.argsort(-(chances / weights[:, None]).ravel(), kind="stable")[: np.count_nonzero(chances)]
     if not len(order):
-        return [0] * len(candidates)
+        return [0] * len(candidates), 0.0
     who, depth = np.divmod(order, most)
     context = np.array([candidate.keys for candidate in candidates])[who]
     more = weights[who]
@@ -105,9 +117,10 @@ def best_depths(
         seconds = seconds + np.where(totals, draft(totals, np.cumsum(new * context, 1)), 0.0).sum(0)
     rates = (tokens + np.cumsum(chances.ravel()[order])) / seconds
     best = int(np.argmax(rates))
-    if rates[best] <= _MARGIN * tokens / verify(np.array(rows), np.array(keys)):
-        return [0] * len(candidates)
-    return np.bincount(who[: best + 1], minlength=len(candidates)).tolist()
+    alone = float(plain(np.array(rows), np.array(keys))) / tokens
+    if rates[best] * alone <= _MARGIN:
+        return [0] * len(candidates), 0.0
+    return np.bincount(who[: best + 1], minlength=len(candidates)).tolist(), alone - 1 / float(rates[best])
 
 
 class Costs:
@@ -122,34 +135,45 @@ class Costs:
         For each tuple of pools, seconds by number of rows, on an empty cache; lines between them, and on from the last two.
     per_key : dict
         For each tuple of pools, seconds for each token of context that a row reads.
+    per_verification : dict
+        For each tuple of pools, seconds that a step with drafts in it takes longer than one of as many rows without: where steps
+        of one token a row are replayed from a graph, it is not.
     """
 
     def __init__(
         self,
         measured: Mapping[tuple[int, ...], Mapping[int, float]],
         per_key: Mapping[tuple[int, ...], float] | None = None,
+        per_verification: Mapping[tuple[int, ...], float] | None = None,
     ) -> None:
         self._tables = {pools: _rising(table) for pools, table in measured.items()}
         self._per_key = dict(per_key or {})
+        self._per_verification = dict(per_verification or {})
         self._scale: dict[tuple[int, ...], float] = {}
         self._sources: dict[tuple[int, ...], tuple[int, ...]] = {}
 
-    def seconds(self, pools: tuple[int, ...], rows: float, keys: float = 0.0) -> float:
-        """Of a step of ``rows`` rows through ``pools`` that read ``keys`` tokens of context in all."""
-        return float(self.curve(pools, np.array(rows), np.array(keys)))
+    def seconds(self, pools: tuple[int, ...], rows: float, keys: float = 0.0, *, verifies: bool = False) -> float:
+        """Of a step of ``rows`` rows through ``pools`` that read ``keys`` tokens of context in all; ``verifies``: drafts are in it."""
+        return float(self.curve(pools, np.array(rows), np.array(keys), verifies=verifies))
 
-    def curve(self, pools: tuple[int, ...], rows: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    def curve(
+        self, pools: tuple[int, ...], rows: np.ndarray, keys: np.ndarray, *, verifies: bool = False
+    ) -> np.ndarray:
         """:meth:`seconds` of many steps."""
         source = self._source(pools)
         xs, ys = self._tables[source]
         slope = (ys[-1] - ys[-2]) / (xs[-1] - xs[-2]) if len(xs) > 1 else ys[0] / xs[0]
         found = np.interp(rows, xs, ys) + np.maximum(rows - xs[-1], 0.0) * slope
+        if verifies:
+            found = found + self._per_verification.get(source, 0.0)
         return self._scale.get(pools, 1.0) * (found + keys * self._per_key.get(source, 0.0))
 
-    def observe(self, pools: tuple[int, ...], rows: float, keys: float, seconds: float) -> None:
+    def observe(
+        self, pools: tuple[int, ...], rows: float, keys: float, seconds: float, *, verifies: bool = False
+    ) -> None:
         """Correct the estimate for ``pools``: neighbours come and go. One outlier moves it little."""
         scale = self._scale.setdefault(pools, 1.0)
-        ratio = scale * seconds / self.seconds(pools, rows, keys)
+        ratio = scale * seconds / self.seconds(pools, rows, keys, verifies=verifies)
         self._scale[pools] = scale + 0.05 * (min(ratio, 3 * scale) - scale)
 
     def _source(self, pools: tuple[int, ...]) -> tuple[int, ...]:

@@ -137,8 +137,6 @@ class Engine:
         if score_only and len(tokens) > 1:
             views[0].tokens = tokens[:-1]  # nothing is asked of the last one
         request.sequences.append(Sequence(request, 0, views))
-        if self.speculator is not None:
-            self.speculator.assign(request)
         self.scheduler.check(request)
         return request
 
@@ -385,7 +383,7 @@ class Engine:
             sequence.index,
             self._text(sequence),
             list(sequence.output),
-            sum(entry.logprob for entry in sequence.logprobs) if sequence.logprobs else None,
+            sequence.cumulative_logprob if sequence.logprobs else None,
             None
             if sequence.request.params.logprobs is None
             else self._shown(sequence.logprobs, sequence.shown_logprobs),

@@ -252,7 +252,7 @@ def bucket_of(batch: Batch, joins: Sequence[bool], rows: Sequence[int], blocks: 
     """The bucket that serves ``batch``; None where it takes the eager path.
 
     A batch is served if it only decodes: every span is one token with one output, belongs to one sample row, and no row
-    wants edits, log-probabilities or scores. ``joins[i]``: pair i can be combined before the target's head.
+    wants edits, log-probabilities, scores or a draft's mixture. ``joins[i]``: pair i can be combined before the target's head.
     """
     if batch.drafts or batch.scores or not batch.samples or len(batch.samples) > rows[-1]:
         return None
@@ -265,7 +265,7 @@ def bucket_of(batch: Batch, joins: Sequence[bool], rows: Sequence[int], blocks: 
     hidden, logits = set[int](), set[int]()
     nuclei = set[Nucleus]()
     for index, row in enumerate(batch.samples):
-        if row.edits is not None or row.logprobs >= 0:
+        if row.edits is not None or row.logprobs >= 0 or row.mixture:
             return None
         for span_id in spans_of(row):
             if owner.setdefault(span_id, index) != index:

@@ -125,6 +125,7 @@ class Sequence:
     views: list[View]
     output: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    cumulative_logprob: float = 0.0  # sum of ``logprobs``: a stream would add them all up at each step
     shown_logprobs: list[dict[int, Logprob]] = field(default_factory=list)  # the first of them, as outputs have them
     counts: TokenCounts | None = field(init=False, default=None)  # kept only where penalties ask for it
     finish_reason: FinishReason | None = None
@@ -155,8 +156,11 @@ class Sequence:
     def finished(self) -> bool:
         return self.finish_reason is not None
 
-    def append(self, token: int) -> None:
+    def append(self, token: int, logprobs: TokenLogprobs | None = None) -> None:
         self.output.append(token)
+        if logprobs is not None:
+            self.logprobs.append(logprobs)
+            self.cumulative_logprob += logprobs.logprob
         for view in self.views:
             view.tokens.append(token)
         if self.counts is not None:
@@ -174,6 +178,7 @@ class Sequence:
         beyond = len(self.output) - tokens
         if beyond:
             del self.output[tokens:], self.logprobs[tokens:], self.shown_logprobs[tokens:]
+            self.cumulative_logprob = sum(entry.logprob for entry in self.logprobs)
             for view in self.views:
                 del view.tokens[-beyond:]
         return beyond
@@ -243,6 +248,7 @@ class Request:
     prompt_scores: list[TokenLogprobs] = field(default_factory=list)
     shown_prompt: list[dict[int, Logprob]] = field(default_factory=list)  # the first of them, as outputs have them
     drafter: Drafter | None = None
+    assigned: bool = False  # whether it was decided what drafts, if anything
 
     @property
     def scores_prompt(self) -> bool:

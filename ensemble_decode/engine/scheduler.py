@@ -201,6 +201,29 @@ class Scheduler:
         """Sequences whose next step may verify a draft: those that have a first token and nothing else to compute."""
         return [s for s in self.running if s.output and s.pending == len(s.views)]
 
+    def coming(self) -> list[Sequence]:
+        """Waiting sequences that there are places for."""
+        return list(itertools.islice(self.waiting, self.max_num_seqs - len(self.running)))
+
+    def prompt_rows(self) -> int:
+        """Rows of the prompts that the next step can go on with, were its budget large enough."""
+        prompts, free = [s for s in self.running if s.pending > len(s.views)], self.blocks.num_free
+        for sequence in self.coming():
+            free -= sum(self.blocks.blocks_for(len(view.tokens)) for view in sequence.views)
+            if free < 0:
+                break
+            prompts.append(sequence)
+        return sum(view.pending * len(view.pools) for sequence in prompts for view in sequence.views)
+
+    def unknown(self, sequence: Sequence, view: View, pools: tuple[int, ...]) -> int:
+        """Tokens of a waiting sequence's ``view`` that ``pools`` would have to compute."""
+        if sequence.request.scores_prompt:
+            return len(view.tokens)
+        table = self.blocks.match(view.tokens, pools)
+        known = len(table) * BLOCK_SIZE
+        self.blocks.release(table)
+        return len(view.tokens) - known
+
     def draft_room(self, sequence: Sequence) -> int:
         """Tokens that may be drafted: a step gives one more than it verifies."""
         longest = max(len(view.tokens) for view in sequence.views)
@@ -372,9 +395,7 @@ class Scheduler:
             if token < 0:
                 self.finish(sequence, "error", error=self._invalid(sequence))
                 break
-            sequence.append(token)
-            if entry is not None:
-                sequence.logprobs.append(entry)
+            sequence.append(token, entry)
             agrees = index < len(draft) and token == draft[index]
             accepted += agrees
             if agrees:

@@ -130,12 +130,19 @@ class Speculator:
         }
 
     # ── who drafts ──────────────────────────────────────────────────────────────────────────────────────────────────
-    def assign(self, request: Request) -> None:
-        """Choose what drafts for a new request, and the view that it sees; nothing where it could not pay."""
+    def assign(self, scheduler: Scheduler) -> None:
+        """Choose what drafts for the requests whose prompts are next, and the view that it sees; nothing where it would not pay."""
         if self.config.draft == "ngram":
             return
+        coming = scheduler.coming()
+        for sequence in coming:
+            if not sequence.request.assigned:
+                sequence.request.assigned = True
+                self._assign(sequence.request, coming, scheduler)
+
+    def _assign(self, request: Request, coming: list[Sequence], scheduler: Scheduler) -> None:
         found = self._drafter(request.pairs)
-        if found is None:
+        if found is None or request.score_only:
             return
         leader = request.sequences[0]
         view = leader.views[found.view]
@@ -144,11 +151,11 @@ class Speculator:
             own = strangers == (self.layout.draft_pool,)  # a draft model with limits of its own
             limit = self.layout.draft_len if own else self.layout.max_model_len
             longest = len(view.tokens) + request.params.max_tokens
-            if min(longest, self.layout.max_model_len) > limit or request.score_only:
+            if min(longest, self.layout.max_model_len) > limit:
                 return
             if own and max(view.tokens) >= self.layout.draft_vocab:
                 return
-            if self.config.adaptive and not self._could_pay(found.pools, leader):
+            if self.config.adaptive and not self._pays(leader, found, strangers, coming, scheduler):
                 return
             view.draft_pools = strangers
             view.pools = tuple(sorted({*view.pools, *strangers}))
@@ -165,28 +172,76 @@ class Speculator:
                 return Drafter(active.expert_view, draft_mixture(layout, active, pairs))
         return None
 
-    def _could_pay(self, pools: tuple[int, ...], sequence: Sequence) -> bool:
-        step = _Step([sequence])
-        candidate = Candidate(_BEST_RATE, self.config.tokens, step.rows)
-        return best_depths([candidate], 1.0, step.rows, 0.0, *self._seconds(step.pools, pools)) != [0]
+    def _pays(
+        self,
+        sequence: Sequence,
+        drafter: Drafter,
+        strangers: tuple[int, ...],
+        coming: list[Sequence],
+        scheduler: Scheduler,
+    ) -> bool:
+        """Whether drafts are expected to save more than it takes to compute a prompt in the ``strangers`` pools as well.
 
-    def _seconds(self, pools: tuple[int, ...], drafting: tuple[int, ...] | None) -> tuple[Seconds, Seconds | None]:
-        """What a verifying step through ``pools`` takes, and what one of the ``drafting`` pools does."""
-        return partial(self.costs.curve, pools), None if drafting is None else partial(self.costs.curve, drafting)
+        By what was accepted lately; where that doesn't pay but the best could, tries' time pays for it, if there is enough.
+        """
+        request, view = sequence.request, sequence.views[drafter.view]
+        new = 1 + scheduler.draft_room(sequence)
+        if new < 3:
+            return False  # the first token comes with the prompt, the last is never drafted
+        company = [s for s in (*scheduler.running, *coming) if not s.request.score_only]
+        company = (company + [sequence] * (request.params.n - 1))[: scheduler.max_num_seqs]
+        step = _Step(company)
+        rows, keys = step.of(sequence)
+        seconds = self._seconds(step.pools, drafter.pools)
+
+        def saved(rate: float) -> float:
+            candidates = [Candidate(rate, min(self.config.tokens, new - 2), rows, keys / rows)] * len(company)
+            _, each = best_depths(candidates, len(company), step.rows, step.keys, *seconds)
+            return each * (new - 1) * request.params.n
+
+        # Blocks that were computed without the strangers are of no use with them, and the other way round.
+        both = tuple(sorted({*view.pools, *strangers}))
+        known, more = (scheduler.unknown(sequence, view, pools) for pools in (view.pools, both))
+        price = self._prompt_seconds(strangers, more)
+        price += self._prompt_seconds(view.pools, more) - self._prompt_seconds(view.pools, known)
+        if saved(self._prior.rate) > price:
+            return True
+        if price > self._credit or saved(_BEST_RATE) <= price:
+            return False
+        self._credit -= price
+        sequence.acceptance = Acceptance(0.0, weight=0.0, idle=_PAUSE)  # its first step is the try
+        return True
+
+    def _prompt_seconds(self, pools: tuple[int, ...], tokens: int) -> float:
+        return self.costs.seconds(pools, tokens, tokens * tokens / 2)
+
+    def _seconds(
+        self, pools: tuple[int, ...], drafting: tuple[int, ...] | None
+    ) -> tuple[Seconds, Seconds, Seconds | None]:
+        """What a step through ``pools`` takes, what one that verifies drafts, and what one of the ``drafting`` pools."""
+        curve = self.costs.curve
+        return (
+            partial(curve, pools),
+            partial(curve, pools, verifies=True),
+            None if drafting is None else partial(curve, drafting),
+        )
 
     # ── before a step ───────────────────────────────────────────────────────────────────────────────────────────────
     def propose(self, scheduler: Scheduler, execute: Execute) -> None:
         """Draft for the sequences that decode in the next step."""
+        self.assign(scheduler)
         start = time.perf_counter()
-        decoding = scheduler.decoding()
+        self._drafting, self._draft_seconds, self._tried = [], 0.0, None
+        decoding, prompts = scheduler.decoding(), scheduler.prompt_rows()
+        if prompts and self.config.adaptive:
+            return  # weights are read for the prompts already: a drafted row costs what a token does
         most = {sequence: self._most(sequence, scheduler.draft_room(sequence)) for sequence in decoding}
         most = {sequence: tokens for sequence, tokens in most.items() if tokens > 0}
-        self._drafting, self._draft_seconds, self._tried = [], 0.0, None
         if not most:
             return
         depths = self._depths(decoding, most) if self.config.adaptive else most
         rows = {s: sum(len(view.decode_pools) for view in s.views) for s in decoding}  # for a token of each
-        budget = scheduler.max_num_batched_tokens - sum(rows.values())
+        budget = max(scheduler.max_num_batched_tokens - sum(rows.values()) - prompts, 0)  # what prompts leave
         granted: dict[Sequence, int] = {}
         for sequence, wanted in depths.items():
             depth = min(wanted, budget // rows[sequence])
@@ -230,7 +285,7 @@ class Speculator:
         # All draft with one model or its like: the first one's forward stands for all.
         drafter = next(iter(most)).request.drafter
         seconds = self._seconds(step.pools, None if drafter is None else drafter.pools)
-        depths = best_depths(candidates, len(decoding), step.rows, step.keys, *seconds)
+        depths, _ = best_depths(candidates, len(decoding), step.rows, step.keys, *seconds)
         found = dict(zip(most, depths, strict=True))
         idle = None
         for sequence, depth in found.items():
@@ -250,18 +305,18 @@ class Speculator:
         depths: dict[Sequence, int],
         candidates: list[Candidate],
         step: _Step,
-        seconds: tuple[Seconds, Seconds | None],
+        seconds: tuple[Seconds, Seconds, Seconds | None],
     ) -> None:
         """Draft one token for a sequence, if there is credit for it and drafts that are accepted would pay."""
         mine, drafter = candidates[list(depths).index(sequence)], sequence.request.drafter
-        more = self.costs.seconds(step.pools, step.rows + mine.rows, step.keys + mine.rows * mine.keys)
+        more = self.costs.seconds(step.pools, step.rows + mine.rows, step.keys + mine.rows * mine.keys, verifies=True)
         cost = more - self.costs.seconds(step.pools, step.rows, step.keys)
         if drafter is not None:
             cost += self.costs.seconds(drafter.pools, mine.unseen, mine.unseen * mine.keys)
         if cost > self._credit:
             return
         hopeful = [replace(candidate, rate=_BEST_RATE) for candidate in candidates]
-        if not any(best_depths(hopeful, step.sequences, step.rows, step.keys, *seconds)):
+        if not any(best_depths(hopeful, step.sequences, step.rows, step.keys, *seconds)[0]):
             for other in depths:
                 assert other.acceptance is not None
                 other.acceptance.idle = 0  # nothing that could be accepted would pay for it: not before the next pause
@@ -342,7 +397,7 @@ class Speculator:
         if not taken or any(len(span.tokens) != span.outputs for span in batch.spans):
             return  # prompts in it: its time says nothing of decoding
         pools, rows, keys = load_of(batch)
-        self.costs.observe(pools, rows, keys, seconds)
+        self.costs.observe(pools, rows, keys, seconds, verifies=batch.num_tokens > len(batch.spans))
         share = len(taken) / (len(taken) + sum(found.drafted for found in taken.values()))
         alone = self.costs.seconds(pools, rows * share, keys * share)  # of the step without drafts
         self._credit = min(self._credit + _TRIES * alone, _MOST_CREDIT * alone)
@@ -421,7 +476,7 @@ def load_of(batch: Batch) -> tuple[tuple[int, ...], float, float]:
 def measure_costs(
     config: Speculation, layout: Layout, execute: Execute, max_num_seqs: int, num_blocks: int, rounds: int = 4
 ) -> Costs:
-    """Time steps of one token a row, on an empty cache and on a long context.
+    """Time steps of one token a row, on an empty cache and on a long context, and one that verifies a drafted token.
 
     Measured are the target alone, the target with each pair, all members, and each pool that may draft.
     """
@@ -436,8 +491,9 @@ def measure_costs(
             ActivePair(index, 1.0, pair.expert_view, pair.anti_expert_view) for index, pair in enumerate(layout.pairs)
         ]
         for active in every:
-            for company in ([], every):  # alone, and with all that may draft beside it
-                kinds.setdefault(tuple(pool for pool, _ in draft_mixture(layout, active, company)), ())
+            # For an unsteered row, alone, and with all that may draft beside it.
+            for first, company in ((replace(active, alpha=0.0), []), (active, []), (active, every)):
+                kinds.setdefault(tuple(pool for pool, _ in draft_mixture(layout, first, company)), ())
     elif config.draft != "ngram" and layout.draft_pool is not None:
         kinds.setdefault((layout.draft_pool,), ())
     most = 2 * max_num_seqs * (config.tokens + 1)
@@ -448,32 +504,46 @@ def measure_costs(
     def context_of(pools: tuple[int, ...]) -> int:
         return min(context, layout.draft_len - 1) if pools == small else context
 
-    best: dict[tuple[tuple[int, ...], int, int], float] = {}
+    best: dict[tuple[tuple[int, ...], int, int, int], float] = {}
     for number in range(rounds):
         for pools, pairs in kinds.items():
-            for rows, start in [*((rows, 0) for rows in row_counts), (_CONTEXT_ROWS, context_of(pools))]:
+            verification = [(2, 0, 2)] if target in pools else []
+            for rows, start, tokens in [
+                *((rows, 0, 1) for rows in row_counts),
+                (_CONTEXT_ROWS, context_of(pools), 1),
+                *verification,
+            ]:
                 if number % 2 and rows > _DEAR_ROWS:
                     continue  # they take long and vary little
                 begun = time.perf_counter()
-                execute(_measured_batch(pools, pairs, target, rows, start))
-                key = (pools, rows, start)
+                execute(_measured_batch(pools, pairs, target, rows, start, tokens))
+                key = (pools, rows, start, tokens)
                 best[key] = min(best.get(key, math.inf), time.perf_counter() - begun)
-    measured = {pools: {rows: best[pools, rows, 0] for rows in row_counts} for pools in kinds}
+    measured = {pools: {rows: best[pools, rows, 0, 1] for rows in row_counts} for pools in kinds}
     per_key = {}
     for pools in kinds:
         keys = _CONTEXT_ROWS * context_of(pools)
-        more = best[pools, _CONTEXT_ROWS, context_of(pools)] - measured[pools].get(_CONTEXT_ROWS, math.inf)
+        more = best[pools, _CONTEXT_ROWS, context_of(pools), 1] - measured[pools].get(_CONTEXT_ROWS, math.inf)
         per_key[pools] = max(more, 0.0) / keys if keys else 0.0
-    return Costs(measured, per_key)
+    per_verification = {
+        pools: max(best[pools, 2, 0, 2] - measured[pools][2], 0.0) for pools in kinds if target in pools
+    }
+    return Costs(measured, per_key, per_verification)
 
 
-def _measured_batch(pools: tuple[int, ...], pairs: tuple[int, ...], target: int, rows: int, start: int) -> Batch:
-    """A token a row at position ``start``. All rows share their blocks: what is in them doesn't matter."""
-    table = list(range(start // BLOCK_SIZE + 1))
-    spans = [Span([0], start, table, pools, 1) for _ in range(rows)]
+def _measured_batch(
+    pools: tuple[int, ...], pairs: tuple[int, ...], target: int, rows: int, start: int, tokens: int
+) -> Batch:
+    """Spans of ``tokens`` tokens at position ``start``, all sampled. They share their blocks: what is in them doesn't matter."""
+    table = list(range((start + tokens - 1) // BLOCK_SIZE + 1))
+    spans = [Span([0] * tokens, start, table, pools, tokens) for _ in range(rows // tokens)]
     mixture = () if target in pools else tuple((pool, 1 / len(pools)) for pool in pools)
     samples = []
     for row in range(rows):
-        steering = tuple(Steering(pair, 1.0, row, row) for pair in pairs)
-        samples.append(SampleRow(row, steering, 1.0, 0, 0.9, 0.0, "combined", row, start + 1, mixture=mixture))
+        span, output = divmod(row, tokens)
+        steering = tuple(Steering(pair, 1.0, span, span) for pair in pairs)
+        position = start + 1 + output
+        samples.append(
+            SampleRow(span, steering, 1.0, 0, 0.9, 0.0, "combined", row, position, output=output, mixture=mixture)
+        )
     return Batch(spans, samples)

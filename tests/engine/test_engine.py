@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from ensemble_decode.engine.params import SamplingParams
@@ -122,6 +124,18 @@ def test_logprobs_have_the_sampled_token_and_the_best(best):
             sum(e[t].logprob for e, t in zip(sample.logprobs, want.tokens, strict=True))
         )
     assert output.prompt_logprobs is None
+
+
+def test_a_stream_reads_each_logprob_once():
+    engine = make_engine()
+    request = engine.add_request("the cad", SamplingParams(logprobs=1, max_tokens=8, seed=4, ignore_eos=True))
+    while engine.has_work:
+        (output,) = engine.step()
+        for entry in request.sequences[0].logprobs:
+            entry.logprob = math.nan  # it was read in the step that sampled it
+    sample = output.outputs[0]
+    shown = [entry[token].logprob for entry, token in zip(sample.logprobs, sample.token_ids, strict=True)]
+    assert sample.cumulative_logprob == pytest.approx(sum(shown))
 
 
 def test_without_logprobs_there_are_none():

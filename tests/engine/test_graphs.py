@@ -10,8 +10,10 @@ import torch
 
 from ensemble_decode import LLM, ExpertPair, SamplingParams
 from ensemble_decode.engine import graphs, llm, runner
+from ensemble_decode.engine.batch import Batch, StepOutput
 from ensemble_decode.engine.lanes import StreamLanes
 from ensemble_decode.engine.plan import Record, Sample, Wait
+from ensemble_decode.engine.speculation import Speculation, measure_costs
 from tests.conftest import Models
 from tests.engine.recorder import DeviceError, Recorder
 from tests.engine.test_correctness import ensemble, prompts
@@ -141,6 +143,24 @@ def test_no_more_graphs_than_allowed(models: Models, monkeypatch: pytest.MonkeyP
     expected = tokens(LLM(models.model("llama"), dtype="float32"), prompts(8)[:6], params)
     assert tokens(captured, prompts(8)[:6], params) == expected
     assert len(captured.runner.graphs.steps) == 1
+
+
+def test_costs_of_speculation_are_those_of_the_steps_that_come(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Timed at start-up: steps without drafts replayed, but neither what drafts nor what verifies."""
+    pairs, _ = ensemble("llama", "full", models)
+    captured = load(monkeypatch, models.model("llama"), pairs)
+    found = captured.runner.graphs
+    replayed: dict[str, set[bool]] = {}
+
+    def execute(batch: Batch) -> StepOutput:
+        before = found.replays
+        output = captured.runner.execute(batch)
+        kind = "draft" if batch.samples[0].mixture else "plain" if len(batch.spans[0].tokens) == 1 else "verification"
+        replayed.setdefault(kind, set()).add(found.replays > before)
+        return output
+
+    measure_costs(Speculation("expert", 2), captured.engine.layout, execute, 2, captured.runner.num_blocks, rounds=1)
+    assert replayed == {"draft": {False}, "plain": {True}, "verification": {False}}
 
 
 # ── the order of calls ──────────────────────────────────────────────────────────────────────────────────────────────

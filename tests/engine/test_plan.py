@@ -56,6 +56,7 @@ def test_rows_that_only_decode_have_a_bucket() -> None:
     [
         batch(logprobs=0),
         batch(edits=Edits()),
+        batch(mixture=((1, 1.0),)),
         batch(4, nucleus="target"),  # two nuclei among the steered rows
         batch(2, span=0),  # two rows of one span
         Batch([], []),
@@ -65,7 +66,7 @@ def test_rows_that_only_decode_have_a_bucket() -> None:
         replace(batch(), spans=[Span([1], 2000, [9], (0,), 1), *batch().spans[1:]]),  # longer than any table
         batch(ROWS[-1] + 1),
     ],
-    ids=["logprobs", "edits", "nuclei", "forks", "empty", "scores", "drafts", "prompt", "length", "rows"],
+    ids=["logprobs", "edits", "mixture", "nuclei", "forks", "empty", "scores", "drafts", "prompt", "length", "rows"],
 )
 def test_others_have_none(other: Batch) -> None:
     assert bucket_of(other, (True,), ROWS, BLOCKS) is None

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from ensemble_decode import LLM, ExpertPair, SamplingParams, Speculation
 from ensemble_decode.engine.async_llm import AsyncLLM
-from ensemble_decode.engine.batch import Batch, SampleRow, StepOutput
+from ensemble_decode.engine.batch import Batch, SampleRow, Span, StepOutput, TokenLogprobs
 from ensemble_decode.engine.drafting import Candidate, Costs, NgramIndex, best_depths
 from ensemble_decode.engine.engine import Engine
 from ensemble_decode.engine.request import ActivePair
@@ -72,6 +72,23 @@ def requests(draw: st.DrawFn, vocab: int = VOCAB, longest: int = 60) -> tuple[li
     )
 
 
+class Fixed(Costs):
+    """What the clock says of a fake model means nothing."""
+
+    def observe(self, *args: object, **options: object) -> None:
+        pass
+
+
+@st.composite
+def costs(draw: st.DrawFn, pools: int) -> Fixed:
+    """Steps of all pools and of each, in which rows cost little or much: depths rise and fall, and tries come and go."""
+    every = tuple(range(pools))
+    slope = draw(st.sampled_from([0.0, 0.02, 0.2]))
+    drafting = draw(st.sampled_from([0.02, 0.3]))
+    tables = {every: {1: 1.0, 11: 1.0 + 10 * slope}, **{(pool,): {1: drafting, 11: drafting} for pool in every[1:]}}
+    return Fixed(tables, per_verification={every: draw(st.sampled_from([0.0, 0.2]))})
+
+
 class Oracle:
     """A draft model that knows what comes next, and is wrong after ``wrong`` of 8 texts; it checks what it reads."""
 
@@ -97,8 +114,8 @@ class Oracle:
 
 @settings(QUIET, max_examples=60)
 @given(st.data())
-def test_text_is_that_without_speculation(data: st.DataObject) -> None:
-    """Whatever is drafted, in whatever company, with room for all or for few: what the definition says."""
+def test_text_is_that_without_speculation(monkeypatch: pytest.MonkeyPatch, data: st.DataObject) -> None:
+    """Whatever is drafted, as deep as pays or always, in whatever company, with room for all or for few: what the definition says."""
     draft, layout = DRAFTS[data.draw(st.sampled_from(sorted(DRAFTS)))]
     work = data.draw(
         st.lists(
@@ -119,8 +136,13 @@ def test_text_is_that_without_speculation(data: st.DataObject) -> None:
         max_num_seqs=data.draw(st.sampled_from([2, 3, 8]), label="max_num_seqs"),
         max_num_batched_tokens=data.draw(st.sampled_from([8, 24, 200]), label="max_num_batched_tokens"),
         prefix_caching=data.draw(st.booleans(), label="prefix_caching"),
-        speculation=Speculation(draft, data.draw(st.integers(1, 5), label="tokens"), adaptive=False),
+        speculation=Speculation(
+            draft, data.draw(st.integers(1, 5), label="tokens"), data.draw(st.booleans(), label="adaptive")
+        ),
     )
+    monkeypatch.setattr("ensemble_decode.engine.speculation._PAUSE", data.draw(st.integers(1, 6), label="pause"))
+    assert engine.speculator is not None
+    engine.speculator.costs = data.draw(costs(layout.num_pools), label="costs")
     oracle = Oracle(data.draw(st.sampled_from([0, 2, 5]), label="wrong of 8"), layout)
     engine.runner.draft = oracle  # type: ignore[attr-defined]
     wanted, done = {}, {}
@@ -146,6 +168,8 @@ def test_text_is_that_without_speculation(data: st.DataObject) -> None:
             if params.logprobs is not None:
                 assert sample.logprobs is not None
                 assert [next(iter(entry)) for entry in sample.logprobs] == want.tokens
+                shown = [entry[token].logprob for entry, token in zip(sample.logprobs, want.tokens, strict=True)]
+                assert sample.cumulative_logprob == pytest.approx(sum(shown))
     assert_no_leak(engine)
 
 
@@ -199,15 +223,27 @@ CASES = [
 
 
 @pytest.mark.parametrize(("kind", "draft", "dtype"), CASES, ids=["-".join(case) for case in CASES])
-def test_text_and_logprobs_of_real_models(kind: str, draft: str, dtype: str, models: Models) -> None:
+def test_text_and_logprobs_of_real_models(
+    kind: str, draft: str, dtype: str, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same tokens, in bf16 too, and log-probabilities that are close."""
     plain, fast = loaded(kind, draft, dtype, models)
     layout = fast.engine.layout
     alpha = st.sampled_from([None, 0.0, *({pair.name: 0.4} for pair in layout.pairs)])
 
+    speculator = fast.engine.speculator
+    assert speculator is not None
+    monkeypatch.setattr("ensemble_decode.engine.speculation._PAUSE", 3)
+
     @settings(QUIET, max_examples=10)
-    @given(st.lists(st.tuples(requests(MODEL_VOCAB), alpha), min_size=1, max_size=5))
-    def check(work: list) -> None:
+    @given(
+        st.lists(st.tuples(requests(MODEL_VOCAB), alpha), min_size=1, max_size=5),
+        st.booleans(),
+        costs(layout.num_pools),
+    )
+    def check(work: list, adaptive: bool, steps: Fixed) -> None:
+        speculator.config = replace(speculator.config, adaptive=adaptive)
+        speculator.costs = steps
         prompts = [prompt for (prompt, _), _ in work]
         params = [replace(p, alpha=a) for (_, p), a in work]
         for one, other in zip(
@@ -304,6 +340,16 @@ def test_a_draft_model_may_have_a_shorter_context(models: Models) -> None:
     assert long.metrics.drafted_tokens == 0
     plain = LLM(target, dtype="float32").generate([[5, 6, 7] * 4, [5, 6, 7] * 30], params, use_tqdm=False)
     assert [o.outputs[0].token_ids for o in (short, long)] == [o.outputs[0].token_ids for o in plain]
+
+
+def test_what_is_cut_off_is_out_of_the_sum_of_logprobs() -> None:
+    request = make_engine().add_request("a", SamplingParams(logprobs=0, max_tokens=8))
+    (sequence,) = request.sequences
+    for token in (3, 4, 5):
+        sequence.append(token, TokenLogprobs(token, -1.5, -1.5, 1))
+    assert sequence.cumulative_logprob == -4.5
+    assert sequence.cut(1) == 2
+    assert sequence.cumulative_logprob == -1.5
 
 
 def test_an_expert_needs_a_pair(models: Models) -> None:
@@ -435,7 +481,7 @@ def by_row(rows: np.ndarray, keys: np.ndarray) -> np.ndarray:
 
 
 def depths(rates: list[float], verify: Callable, draft: Callable | None) -> list[int]:
-    return best_depths([Candidate(rate, 8) for rate in rates], len(rates), len(rates), 0.0, verify, draft)
+    return best_depths([Candidate(rate, 8) for rate in rates], len(rates), len(rates), 0.0, verify, verify, draft)[0]
 
 
 def test_depth_follows_acceptance_and_cost() -> None:
@@ -443,6 +489,9 @@ def test_depth_follows_acceptance_and_cost() -> None:
     assert found == sorted(found)
     assert found[0] == 0
     assert found[-1] == 8
+    assert best_depths([Candidate(1.0, 8)], 1, 1, 0.0, tenth, flat, None)[0] == [0], (
+        "what a verification takes longer than a step without drafts is counted"
+    )
     assert depths([1.0], flat, flat) == [0], "a draft as dear as the target never pays"
     assert depths([1.0] * 8, by_row, tenth) == [0] * 8, (
         "where a step's time grows with its rows, verifying costs what it saves"
@@ -455,8 +504,8 @@ def test_of_several_sequences_those_draft_that_are_worth_it() -> None:
 
     assert depths([0.9, 0.1], flat, None) == [8, 8], "a draft that costs nothing is always worth it"
     assert depths([0.9, 0.1], rows_above_four_cost, None) == [2, 0]
-    alone = best_depths([Candidate(0.9, 8)], 1, 1, 0.0, flat, lambda rows, keys: 0.05 * rows)
-    behind = best_depths([Candidate(0.9, 8, unseen=200)], 1, 1, 0.0, flat, lambda rows, keys: 0.05 * rows)
+    alone, _ = best_depths([Candidate(0.9, 8)], 1, 1, 0.0, flat, flat, lambda rows, keys: 0.05 * rows)
+    behind, _ = best_depths([Candidate(0.9, 8, unseen=200)], 1, 1, 0.0, flat, flat, lambda rows, keys: 0.05 * rows)
     assert alone[0] > behind[0] == 0, "a drafter that has much to read first is too dear"
 
 
@@ -471,14 +520,12 @@ def test_costs_lie_on_the_measured_lines(probe: int) -> None:
     for _ in range(200):
         costs.observe((0,), 4, 0, 4.0)
     assert costs.seconds((0,), 8) == pytest.approx(8.0, rel=0.01), "what steps really take corrects the whole line"
+    eager = Costs({(0,): {1: 1.0, 4: 2.0}}, per_verification={(0,): 3.0})
+    assert eager.seconds((0,), 4, verifies=True) == 5.0
+    for _ in range(200):
+        eager.observe((0,), 4, 0, 5.0, verifies=True)
+    assert eager.seconds((0,), 4) == pytest.approx(2.0), "that a verification takes longer says nothing of other steps"
     assert costs.seconds((0, 1), 1) == 3.0
-
-
-class Fixed(Costs):
-    """What the clock says of a fake model means nothing."""
-
-    def observe(self, *args: object) -> None:
-        pass
 
 
 def test_a_draft_that_is_never_right_costs_little_and_is_found_out_when_it_is() -> None:
@@ -510,29 +557,161 @@ def test_a_draft_that_is_never_right_costs_little_and_is_found_out_when_it_is() 
     assert accepted > 6 * 140 / 2
 
 
-@pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize("wrong", [8, 5, 2, 0], ids=lambda wrong: f"{8 - wrong} of 8 right")
-def test_drafting_never_costs_more_than_a_twentieth(wrong: int, batch: int) -> None:
-    """By a clock that counts what each step costs: full experts of the target's size, milliseconds as docs/performance.md has them."""
-    step = {1: 35.0, 8: 52.0, 32: 123.0}
-    costs = Fixed({(0, 1, 2): step, (0,): {1: 13.0, 8: 19.0, 32: 46.0}, (1,): {1: 13.0, 8: 19.0, 32: 46.0}})
+#: Milliseconds of steps by rows: full experts of the target's size as docs/performance.md has them (the target's and the
+#: expert's pools), and the target of docs/large-target.md with a small model that drafts (pools 0 and 4).
+_ALONE, _LARGE = {1: 13.0, 8: 19.0, 32: 46.0}, {1: 76.0, 8: 113.0, 32: 267.0}
+EXPERTS_MS = Fixed({(0, 1, 2): {1: 35.0, 8: 52.0, 32: 123.0}, (0,): _ALONE, (1,): _ALONE})
+LARGE_MS = Fixed({(0,): _LARGE, (4,): _ALONE, (0, 4): {rows: _LARGE[rows] + _ALONE[rows] for rows in _LARGE}})
+
+RIGHT = pytest.mark.parametrize("wrong", [8, 5, 2, 0], ids=lambda wrong: f"{8 - wrong} of 8 right")
+
+
+def clocked(draft: str, costs: Costs, wrong: int, waves: list, tokens: int) -> float:
+    """Time with drafts against that without, by what ``costs`` says of every step.
+
+    Each of ``waves`` is requests that come together, when all before are done; ``tokens`` is a step's budget.
+    """
 
     def clock(speculation: Speculation | None) -> float:
-        engine = make_engine(200, max_num_batched_tokens=200, speculation=speculation)
-        oracle = Oracle(wrong, LAYOUT)
+        layout = DRAFTS[draft][1]
+        engine = make_engine(200, layout, max_num_batched_tokens=tokens, speculation=speculation)
+        oracle = Oracle(wrong, layout)
         engine.runner.draft = oracle  # type: ignore[attr-defined]
         if engine.speculator is not None:
             engine.speculator.costs = costs
-        for _ in range(8 // batch):
-            for number in range(batch):
-                engine.add_request(*drafted(oracle, number, max_tokens=120))
+        for wave in waves:
+            for prompt, params in wave:
+                oracle.add(prompt, params, params.seed)
+                engine.add_request(prompt, params)
             run(engine)
-        return sum(costs.seconds(*load_of(each)) for each in engine.runner.batches)  # type: ignore[attr-defined]
+        return sum(costs.seconds(*load_of(batch)) for batch in engine.runner.batches)  # type: ignore[attr-defined]
 
-    ratio = clock(Speculation("expert", 4)) / clock(None)
+    return clock(Speculation(draft, 4)) / clock(None)
+
+
+def long_prompts(count: int, new: int) -> list[tuple[list[int], SamplingParams]]:
+    """Unsteered requests of 100 tokens, no two of which begin alike."""
+    return [
+        ([1 + i, *[2, 3, 4] * 33], SamplingParams(alpha=0.0, max_tokens=new, seed=i, ignore_eos=True))
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+@RIGHT
+def test_drafting_never_costs_more_than_a_twentieth(wrong: int, batch: int) -> None:
+    """Two full experts, one of which drafts: where few drafts are right next to nothing is lost."""
+    wave = [drafted(Oracle(0, LAYOUT), number, max_tokens=120) for number in range(batch)]
+    ratio = clocked("expert", EXPERTS_MS, wrong, [wave] * (8 // batch), 200)
     assert ratio < 1.05
     if wrong <= 2 and batch == 1:
         assert ratio < 0.85, "and where it pays, it is used"
+
+
+@pytest.mark.parametrize("new", [1, 2, 4, 16])
+@pytest.mark.parametrize("batch", [1, 8])
+@RIGHT
+def test_a_draft_model_reads_a_prompt_only_where_that_pays(wrong: int, batch: int, new: int) -> None:
+    """100 tokens of prompt cost a sixth more with the drafter in it, which few new tokens never bring in."""
+    work = long_prompts(16, new)
+    waves = [work[i : i + batch] for i in range(0, 16, batch)]
+    ratio = clocked("model", LARGE_MS, wrong, waves, 200)
+    assert ratio < 1.05
+    if wrong == 0 and batch == 1 and new == 16:
+        assert ratio < 0.9, "and where it pays, it is used"
+
+
+def test_a_draft_model_that_was_given_up_is_tried_again() -> None:
+    """Drafts that were never right keep the drafter out of prompts, but for a few: it is found out when they are right."""
+    engine = make_engine(200, WITH_MODEL, max_num_batched_tokens=200, speculation=Speculation("model", 4))
+    assert engine.speculator is not None
+    engine.speculator.costs = LARGE_MS
+    oracle = Oracle(8, WITH_MODEL)
+    engine.runner.draft = oracle  # type: ignore[attr-defined]
+    work = [(prompt[:50], params) for prompt, params in long_prompts(40, 20)]
+
+    def serve(part: list) -> int:
+        """Requests of which the drafter computed the prompt."""
+        requests = []
+        for prompt, params in part:
+            oracle.add(prompt, params, params.seed)
+            requests.append(engine.add_request(prompt, params))
+            run(engine)
+        return sum(request.drafter is not None for request in requests)
+
+    serve(work[:10])
+    assert 0 < serve(work[10:20]) < 5
+    oracle.wrong = 0
+    accepted = engine.stats["accepted"]
+    serve(work[20:30])
+    assert serve(work[30:]) > 5
+    assert engine.stats["accepted"] - accepted > 10 * 20 / 2
+
+
+@pytest.mark.parametrize("cached", ["with the drafter", "without it"])
+def test_a_prompt_that_is_known_costs_what_is_unknown_of_it(cached: str) -> None:
+    """Blocks are found by the pools that computed them: the drafter is worth a long prompt that it knows, and not one that it would undo."""
+    engine = make_engine(200, WITH_MODEL, max_num_batched_tokens=200, speculation=Speculation("model", 4))
+    speculator = engine.speculator
+    assert speculator is not None
+    speculator.costs = LARGE_MS
+    (prompt, params), _ = long_prompts(2, 16)
+    if cached == "with the drafter":
+        speculator.config = Speculation("model", 4, adaptive=False)  # takes it in whatever it costs
+    else:
+        engine.speculator = None
+    engine.add_request(prompt, params)
+    run(engine)
+    engine.speculator, speculator.config = speculator, Speculation("model", 4)
+    request = engine.add_request(prompt, params)
+    run(engine)
+    assert (request.drafter is not None) == (cached == "with the drafter")
+    assert request.metrics.cached_tokens == 96
+
+
+def two_at_a_time(adaptive: bool, tokens: int) -> tuple[Engine, list[list[Span]]]:
+    """Steered prompts of 100 tokens, whose texts end one after the other: the spans of steps with a prompt and a text in them."""
+    speculation = Speculation("expert", 4, adaptive)
+    engine = make_engine(200, max_num_seqs=2, max_num_batched_tokens=tokens, speculation=speculation)
+    assert engine.speculator is not None
+    engine.speculator.costs = EXPERTS_MS
+    oracle = Oracle(0, LAYOUT)
+    engine.runner.draft = oracle  # type: ignore[attr-defined]
+    for prompt, params in long_prompts(8, 20):
+        params = replace(params, alpha={"gender": 1.0}, max_tokens=20 + 3 * params.seed)
+        oracle.add(prompt, params, params.seed)
+        engine.add_request(prompt, params)
+    run(engine)
+    steps: list[list[Span]] = [batch.spans for batch in engine.runner.batches]  # type: ignore[attr-defined]
+    return engine, [step for step in steps if len({span.start < 100 for span in step}) == 2]
+
+
+def test_nothing_is_drafted_beside_prompts() -> None:
+    engine, steps = two_at_a_time(adaptive=True, tokens=1000)
+    assert engine.stats["accepted"] > 50
+    assert steps
+    assert all(len(span.tokens) == 1 for step in steps for span in step if span.start >= 100)
+
+
+def test_drafts_take_nothing_of_a_prompt_s_budget() -> None:
+    """Of 150 rows in three pools a token takes 3; the others are 49 of the prompt's, but for its last piece."""
+    engine, steps = two_at_a_time(adaptive=False, tokens=150)
+    assert engine.stats["accepted"] > 50
+    pieces = [span for step in steps for span in step if span.start + len(span.tokens) < 100]
+    assert pieces
+    assert {len(span.tokens) for span in pieces} == {49}
+
+
+@pytest.mark.parametrize("draft", ["expert", "model"])
+@RIGHT
+def test_drafts_cost_little_where_prompts_fill_the_steps(wrong: int, draft: str) -> None:
+    """With more requests than places and a small budget, nearly every step has a piece of a prompt in it."""
+    work = long_prompts(24, 16)
+    costs = LARGE_MS
+    if draft == "expert":
+        work = [(prompt, replace(params, alpha={"gender": 1.0})) for prompt, params in work]
+        costs = EXPERTS_MS
+    assert clocked(draft, costs, wrong, [work], 150) < 1.05
 
 
 @given(st.lists(st.integers(0, 2), max_size=40), st.integers(1, 6))
