@@ -397,7 +397,7 @@ class Speculator:
         if not taken or any(len(span.tokens) != span.outputs for span in batch.spans):
             return  # prompts in it: its time says nothing of decoding
         pools, rows, keys = load_of(batch)
-        self.costs.observe(pools, rows, keys, seconds, verifies=batch.num_tokens > len(batch.spans))
+        self.costs.observe(pools, rows, keys, seconds, verifies=any(len(span.tokens) > 1 for span in batch.spans))
         share = len(taken) / (len(taken) + sum(found.drafted for found in taken.values()))
         alone = self.costs.seconds(pools, rows * share, keys * share)  # of the step without drafts
         self._credit = min(self._credit + _TRIES * alone, _MOST_CREDIT * alone)
