@@ -125,15 +125,18 @@ class Laboratory:
         if any(spec.searched for spec in systems):
             search = self.experiment.trigger
             regard_examples(self.data, search["domain"], search["examples"])
+        labelled = False
         for stage in stages:
             texts = make_texts(self.out / "continuations", self.experiment.text_of(stage))
             for name in stage.metrics:
                 settings = self.experiment.settings_of(stage, name)
                 if name in READING and "classifier" not in settings:  # its stand-in is distilled when it is needed
                     texts.check(self.data)
-                    read_labelled(self.data)
+                    labelled = True
                 else:
                     make_metric(name, settings, texts, self._stand_in)[0].check(self.data)
+        if labelled:
+            read_labelled(self.data)
 
     # ── calibrating ─────────────────────────────────────────────────────────────────────────────────────────────────
     def calibrate(self) -> dict[str, float]:
