@@ -15,9 +15,8 @@ constexpr int kMaxRows = 48;  // rows of a tile
 // Register tiles, as those of linear layers: rows x blocks of keys, rows x vectors of a value. As many of these as leave
 // chains of additions enough to hide an addition's latency, and registers for what they are made of.
 constexpr int kTileRowsOfHeads = SIMD_LEVEL >= 3 ? 6 : 1;
-constexpr int kMostWide = SIMD_LEVEL >= 3 ? 4 : 2;
+constexpr int wide(int rows) { return SIMD_LEVEL == 4 ? 4 : SIMD_LEVEL == 3 ? (rows == 1 ? 4 : rows <= 3 ? 2 : 1) : 2; }
 constexpr int kFar = 2;  // prefetched into the second-level cache: a split's keys or values fill the first
-constexpr int wide(int rows) { return SIMD_LEVEL != 3 ? kMostWide : rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 
 // Vectors of sixteen elements in a cache line.
 template <typename T>
