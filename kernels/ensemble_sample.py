@@ -649,7 +649,7 @@ def plan(
         options |= {"num_warps": min(16, block // 512), "num_ctas": max(1, block // 8192)}
         arguments = inputs | results | {"IS_COMBINED": target_is_combined, "BLOCK": block}
         return [Launch(whole_row_kernel, (rows,), arguments, options)], outputs
-    block = 1024 if vocab <= 65536 else 2048
+    block = 1024 if vocab <= 131072 else 2048
     chunks = triton.cdiv(vocab, block)
     steps, candidates = STAIRCASE[inputs["BY_TARGET"]]
     sizes = {"BLOCK": block, "LANES": triton.next_power_of_2(chunks), "STEPS": steps}

@@ -26,8 +26,9 @@ from .sass import blocks_per_multiprocessor
 from .triton_sample import launches
 
 FULL = os.environ.get("ENSEMBLE_DECODE_FULL_GRID") == "1"
-#: Registers a thread, at most; on AMD, whose wavefronts share 512, they alone decide how many run at once.
+#: Registers a thread of NVIDIA's, at most, and of AMD's: there four wavefronts share the 512 of a lane.
 REGISTERS = {"whole_row_kernel": 128, "partials_kernel": 96, "resolve_kernel": 128, "combine_kernel": 64}
+AMD_REGISTERS = 128
 #: Warps that a multiprocessor of NVIDIA's holds at once, at least.
 WARPS = {"whole_row_kernel": 16, "partials_kernel": 24, "resolve_kernel": 16, "combine_kernel": 32}
 #: Bytes of shared memory a block, at most: 1,024 float32 on their way from one layout to another.
@@ -63,7 +64,8 @@ def check(launch: Launch, arch: int | str, dtype: torch.dtype, wide_loads: int) 
     needs = resources(compiled)
     name = launch.kernel.__name__
     assert needs.spill_bytes == needs.stack_bytes == 0, f"{name} on {arch}: {needs}"
-    assert needs.registers <= REGISTERS[name], f"{name} on {arch}: {needs}"
+    registers = REGISTERS[name] if isinstance(arch, int) else AMD_REGISTERS
+    assert needs.registers <= registers, f"{name} on {arch}: {needs}"
     assert needs.shared_bytes <= SHARED, f"{name} on {arch}: {needs}"
     wide, narrow = wide_and_narrow(compiled, dtype)
     assert wide >= wide_loads, f"{name} on {arch}: {wide} loads of 16 bytes, expected {wide_loads}"
@@ -184,7 +186,7 @@ def on_a_fake_gpu(vocab: int, rows: int) -> Case:
         ((9, 0), 128256, [(7,)]),
         ((10, 0), 131072, [(7,)]),
         ((9, 0), 151936, [(7, 75), (7, 75)]),
-        ((12, 0), 128256, [(7, 63), (7, 63)]),
+        ((12, 0), 128256, [(7, 126), (7, 126)]),
         (None, 262144, [(7, 128), (7, 128)]),
     ],
     ids=str,
