@@ -26,9 +26,10 @@ from .sass import blocks_per_multiprocessor
 from .triton_sample import launches
 
 FULL = os.environ.get("ENSEMBLE_DECODE_FULL_GRID") == "1"
-#: Registers a thread of NVIDIA's, at most, and of AMD's: there four wavefronts share the 512 of a lane.
+#: Registers a thread of NVIDIA's, at most, and of AMD's: there three wavefronts share the 512 of a
+#: lane (four do with up to three pairs; its compiler unrolls their loop, and spills if held to 128).
 REGISTERS = {"whole_row_kernel": 128, "partials_kernel": 96, "resolve_kernel": 128, "combine_kernel": 64}
-AMD_REGISTERS = 128
+AMD_REGISTERS = 168
 #: Warps that a multiprocessor of NVIDIA's holds at once, at least.
 WARPS = {"whole_row_kernel": 16, "partials_kernel": 24, "resolve_kernel": 16, "combine_kernel": 32}
 #: Bytes of shared memory a block, at most: 1,024 float32 on their way from one layout to another.
