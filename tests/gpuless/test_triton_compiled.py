@@ -95,7 +95,7 @@ TWO_LAUNCHES = [
     (90, torch.float32, 50257, 3, "target"),
     (100, torch.float16, 50257, 4, "combined"),
     ("gfx942", torch.bfloat16, 128256, 2, "target"),
-    ("gfx942", torch.float16, 50257, 3, "target"),
+    ("gfx942", torch.float16, 50257, 4, "combined"),
     ("gfx942", torch.float32, 128256, 1, "combined"),
 ]
 ONE_LAUNCH = [
