@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -15,6 +16,20 @@ from ensemble_decode.engine.device import Upload
 
 #: Rows of full logits kept at a time while scoring: V = 50,000 in float32 is 0.2 MB a row.
 SCORE_ROWS = 128
+
+
+@dataclass(slots=True)
+class _Part:
+    """Rows that one call of the operator sampled: their indices in the batch, and their tokens [R], perhaps not yet computed.
+
+    ``wanted`` are the places in it whose log-probabilities somebody asked for, ``scores`` theirs over T, [W, V], combined
+    and the target's: one tensor where nothing steers, None where nobody asked.
+    """
+
+    indices: list[int]
+    token: torch.Tensor
+    wanted: list[int]
+    scores: tuple[torch.Tensor, torch.Tensor] | None
 
 
 class Sampler:
@@ -36,12 +51,26 @@ class Sampler:
                 continue
             needs_target = row.steering and (row.nucleus == "target" or row.logprobs >= 0)
             (whole if needs_target or not self.combination.combines_hidden(row.steering) else plain).append(index)
+        parts: list[_Part] = []
         for indices, combine in ((plain, True), (whole, False), *((part, True) for part in drafts.values())):
             # Two samplers for the two nuclei: one call each, since "nucleus" is not a parameter of a row.
-            for nucleus, part in itertools.groupby(
+            for nucleus, alike in itertools.groupby(
                 sorted(indices, key=lambda i: rows[i].nucleus), lambda i: rows[i].nucleus
             ):
-                self._sample_part(rows, list(part), nucleus, combine, spans, hidden, output)
+                parts.append(self._sample_part(rows, list(alike), nucleus, combine, spans, hidden))
+        if not parts:
+            return output
+        # Read together: a GPU would stand still from one part's read to the next one's launches.
+        tokens = (parts[0].token if len(parts) == 1 else torch.cat([part.token for part in parts])).tolist()
+        for index, token in zip((i for part in parts for i in part.indices), tokens, strict=True):
+            output.tokens[index] = token
+        for part in parts:
+            if part.scores is None:
+                continue
+            asked = [part.indices[place] for place in part.wanted]
+            of, best = [output.tokens[i] for i in asked], [rows[i].logprobs for i in asked]
+            for index, entry in zip(asked, _logprobs(*part.scores, of, best, self._upload), strict=True):
+                output.logprobs[index] = entry
         return output
 
     def _sample_part(
@@ -52,8 +81,7 @@ class Sampler:
         combine: bool,
         spans: list[Span],
         hidden: Hidden,
-        output: StepOutput,
-    ) -> None:
+    ) -> _Part:
         part = [rows[i] for i in indices]
         at, steering, offsets = (
             [row.span for row in part],
@@ -97,22 +125,13 @@ class Sampler:
             nucleus=nucleus,
             target_is_combined=combined,
         )
-        tokens = sampled.token.tolist()
-        for place, index in enumerate(indices):
-            output.tokens[index] = tokens[place]
         wanted = [place for place, row in enumerate(part) if row.logprobs >= 0]
-        if wanted:
-            scores = z if expert is None else ops.combine(z, expert, anti, alpha)
-            combined_z = self._heated(scores, part, wanted)
-            entries = _logprobs(
-                combined_z,
-                combined_z if scores is target else self._heated(target, part, wanted),
-                [tokens[p] for p in wanted],
-                [part[p].logprobs for p in wanted],
-                self._upload,
-            )
-            for place, entry in zip(wanted, entries, strict=True):
-                output.logprobs[indices[place]] = entry
+        if not wanted:
+            return _Part(indices, sampled.token, [], None)
+        scores = z if expert is None else ops.combine(z, expert, anti, alpha)
+        heated = self._heated(scores, part, wanted)
+        alone = heated if scores is target else self._heated(target, part, wanted)
+        return _Part(indices, sampled.token, wanted, (heated, alone))
 
     def _heated(self, scores: torch.Tensor, part: list[SampleRow], wanted: list[int]) -> torch.Tensor:
         """The ``wanted`` rows of ``scores``, divided by their temperatures; no copy where that is ``scores`` itself."""

@@ -6,11 +6,13 @@ from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ensemble_decode import ops
 from ensemble_decode.engine.batch import Edits, SampleRow, Span
 from ensemble_decode.engine.sampling import Sampler, apply_edits, best_tokens
 
@@ -82,14 +84,20 @@ class Whole(TorchDispatchMode):
         return out
 
 
-def test_log_probabilities_of_plain_rows_take_one_softmax_and_no_copy() -> None:
-    z = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+def sampler_of(z: torch.Tensor) -> Sampler:
+    """A sampler of rows that begin with those of ``z`` [R, 50], drafts or not."""
     combination = SimpleNamespace(
         ensemble=SimpleNamespace(target=SimpleNamespace(logits=lambda h: h), layout=SimpleNamespace(vocab_size=50)),
         combines_hidden=lambda steering: True,
-        combined_hidden=lambda *_: z,
+        combined_hidden=lambda hidden, spans, *_: z[: len(spans)],
+        mixture_logits=lambda hidden, mixtures, *_: z[: len(mixtures)],
     )
-    sampler, spans = Sampler(combination), [Span([1], 0, [], (0,), 1)] * 3  # type: ignore[arg-type]
+    return Sampler(combination)  # type: ignore[arg-type]
+
+
+def test_log_probabilities_of_plain_rows_take_one_softmax_and_no_copy() -> None:
+    z = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    sampler, spans = sampler_of(z), [Span([1], 0, [], (0,), 1)] * 3
 
     def entries(temperatures: list[float], logprobs: list[int]) -> list:
         rows = [
@@ -109,3 +117,22 @@ def test_log_probabilities_of_plain_rows_take_one_softmax_and_no_copy() -> None:
         assert entry.logprob == entry.target_logprob == expected[entry.token]
         assert entry.rank == 1 + int((expected > expected[entry.token]).sum())
     assert [token for token, *_ in found[1].top] == z[2].topk(3).indices.tolist()
+
+
+def test_all_parts_of_a_batch_are_launched_before_any_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain rows of both nuclei, rows with log-probabilities, and drafts: a device never stands still between them."""
+    z = torch.randn(1, 50, generator=torch.Generator().manual_seed(0))
+    calls: list[str] = []
+    sample, tolist = ops.ensemble_sample, torch.Tensor.tolist
+    monkeypatch.setattr(ops, "ensemble_sample", lambda *x, **more: calls.append("launch") or sample(*x, **more))
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: calls.append("read") or tolist(tensor))
+    rows = [
+        SampleRow(i, (), 0.0, 0, 1.0, 0.0, nucleus, 0, 0, logprobs, mixture=mixture)
+        for i, (nucleus, logprobs, mixture) in enumerate(
+            [("target", -1, ()), ("combined", 1, ()), ("combined", -1, ((3, 1.0),)), ("combined", -1, ((4, 1.0),))]
+        )
+    ]
+    output = sampler_of(z).sample(rows, [Span([1], 0, [], (0,), 1)] * 4, None)  # type: ignore[arg-type]
+    assert output.tokens == [int(z.argmax())] * 4
+    assert [entry is not None for entry in output.logprobs] == [False, True, False, False]
+    assert calls[:5] == ["launch"] * 4 + ["read"]
