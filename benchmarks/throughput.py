@@ -43,6 +43,8 @@ GOALS: list[tuple[str, str, str, int | None, float]] = [
     ("target", "transformers", "rate", 32, 2.0),
     ("target", "vllm", "rate", 8, 1.4),
     ("target", "vllm", "rate", 32, 2.0),
+    ("lora pair", "vllm", "rate", 8, 1.0),
+    ("lora pair", "vllm", "rate", 32, 1.0),
     ("lora pair", "transformers, cached pair", "rate", None, 3.0),
     ("full experts", "transformers, cached pair", "rate", None, 2.2),
     ("lora pair", "target", "step", 1, 1.5),
