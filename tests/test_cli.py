@@ -77,15 +77,15 @@ def test_generate_json_from_arguments_file_and_stdin(
         "--logprobs",
         "2",
     )
-    lines = ["w5 w6", "w9"]
-    (tmp_path / "prompts.txt").write_text("\n".join(lines) + "\n\n")
+    lines = ["w5 w6", "w9 \u2028 w7 \x85"]  # only a newline ends a prompt
+    (tmp_path / "prompts.txt").write_text("\r\n".join(lines) + "\r\n\n", encoding="utf-8", newline="")
     outputs = [
         command(*common, *lines).stdout,
         command(*common, "-f", str(tmp_path / "prompts.txt")).stdout,
         command(*common, stdin="\n".join(lines)).stdout,
     ]
     assert outputs[0] == outputs[1] == outputs[2]
-    found = [json.loads(line) for line in outputs[0].splitlines()]
+    found = [json.loads(line) for line in outputs[0].rstrip("\n").split("\n")]
     assert [entry["prompt"] for entry in found] == lines
     assert found[0]["seed"] == 3
     assert len(found[0]["outputs"][0]["logprobs"][0]) >= 2

@@ -124,6 +124,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
 
 def _decoded(name: str, content: bytes) -> list[str]:
     try:
-        return content.decode("utf-8").splitlines()
+        # splitlines() would also split at U+0085 and U+2028, which a prompt may hold.
+        return content.decode("utf-8").replace("\r\n", "\n").split("\n")
     except UnicodeDecodeError as error:
         raise CommandError(f"{name} is not UTF-8 at byte {error.start}") from None

@@ -78,4 +78,5 @@ def _occupations(root: str | PathLike[str]) -> list[str]:
 
 def _lines(root: str | PathLike[str], name: str) -> list[str]:
     path = find(SOURCE, root, f"winobias/data/{name}", f"corefBias/WinoBias/wino/data/{name}", f"data/{name}", name)
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    with path.open(encoding="utf-8") as lines:
+        return [line.strip() for line in lines if line.strip()]

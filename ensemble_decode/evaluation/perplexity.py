@@ -101,8 +101,8 @@ class Perplexity:
 def read_text(data: Path, protocol: str, split: str = "test") -> str:
     """The test set, or the validation set, as both protocols join it: blank lines between the rows of the data set."""
     # The data set's rows keep their newline, blank ones are empty.
-    lines = _find(data, protocol, split).read_text(encoding="utf-8").splitlines(keepends=True)
-    return "\n\n".join(line if line.strip() else "" for line in lines)
+    with _find(data, protocol, split).open(encoding="utf-8") as lines:
+        return "\n\n".join(line if line.strip() else "" for line in lines)
 
 
 def _find(data: Path, protocol: str, split: str) -> Path:

@@ -23,6 +23,11 @@ def test_windows_count_each_token_once() -> None:
     assert windows(9, 4, 4)[-1] == (4, 8, 4)  # the last window would have no token with a context
 
 
+def test_only_a_newline_ends_a_row_of_the_text(tmp_path: Path) -> None:
+    (tmp_path / "wiki.test.tokens").write_text("a \u2028 b\x85\n \nc\n", encoding="utf-8")
+    assert read_text(tmp_path, "paper") == "a \u2028 b\x85\n\n\n\n\nc\n"
+
+
 @pytest.fixture(scope="module")
 def both() -> tuple[LLM, torch.nn.Module]:
     llm = LLM(str(smollm2_path()), dtype="float32", max_model_len=128, max_num_seqs=4)
