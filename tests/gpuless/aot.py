@@ -55,6 +55,12 @@ def _compiled(kernel: Any, arch: int | str, divisible: tuple[str, ...], *given: 
     return triton.compile(ASTSource(kernel, types, constexprs, hints), target=TARGETS[arch], options=options)
 
 
+def is_compiled_in(parameter: Any, value: Any) -> bool:
+    """Whether a parameter is no argument of the compiled kernel, because Triton's launcher makes its value a constant."""
+    one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+    return parameter.is_constexpr or value is None or one
+
+
 def compile_call(kernel: Any, arch: int | str, arguments: dict[str, Any], **options: Any) -> Any:
     """The compiled kernel for the arguments of a call, specialised on them as Triton's launcher does."""
     signature: dict[str, str] = {}
@@ -62,7 +68,7 @@ def compile_call(kernel: Any, arch: int | str, arguments: dict[str, Any], **opti
     divisible: list[str] = []
     for parameter in kernel.params:
         name, value = parameter.name, arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        if is_compiled_in(parameter, value):
             constexprs[name] = value
         elif isinstance(value, torch.Tensor):
             signature[name] = _TYPES[value.dtype]
@@ -70,7 +76,7 @@ def compile_call(kernel: Any, arch: int | str, arguments: dict[str, Any], **opti
                 divisible.append(name)
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32" if -(2**31) <= value < 2**31 else "i64"
-            if isinstance(value, int) and value % 16 == 0:
+            if isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize:
                 divisible.append(name)
     return compile_for(kernel, arch, signature, constexprs, tuple(divisible), **options)
 

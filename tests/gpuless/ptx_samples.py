@@ -52,6 +52,77 @@ $END:
 """
 )
 
+#: out[w] = A·Bᵀ + 1 for A [16, 16] and B [8, 16] of bfloat16, by each of two warps. They copy 16 bytes a thread to shared
+#: memory, A's by the first warp and B's by half of the second, and read matrices from there.
+PRODUCT = (
+    HEADER
+    + """
+.visible .entry product(.param .u64 a, .param .u64 b, .param .u64 out)
+.reqntid 64
+{
+    .reg .pred %p<3>;
+    .reg .b32 %r<30>;
+    .reg .f32 %f<9>;
+    .reg .b64 %rd<9>;
+    .shared .align 16 .b8 tiles[768];
+    ld.param.u64 %rd1, [a];
+    ld.param.u64 %rd2, [b];
+    ld.param.u64 %rd3, [out];
+    mov.u32 %r1, %tid.x;
+    mov.u32 %r2, tiles;
+    shl.b32 %r3, %r1, 4;
+    cvt.u64.u32 %rd4, %r3;
+    add.u32 %r4, %r2, %r3;
+    setp.lt.u32 %p1, %r1, 32;
+    add.s64 %rd5, %rd1, %rd4;
+    add.s64 %rd6, %rd2, %rd4;
+    mov.u32 %r5, 16;
+    @%p1 cp.async.cg.shared.global [%r4], [%rd5], 0x10, %r5;
+    setp.ge.u32 %p1, %r1, 32;
+    setp.lt.and.u32 %p2, %r1, 48, %p1;
+    @%p2 cp.async.cg.shared.global [%r4], [%rd6+-512], 0x10;
+    cp.async.commit_group;
+    cp.async.wait_group 0;
+    bar.sync 0;
+    and.b32 %r6, %r1, 31;
+    and.b32 %r7, %r1, 15;
+    shr.u32 %r8, %r6, 4;
+    shl.b32 %r8, %r8, 4;
+    shl.b32 %r9, %r7, 5;
+    add.u32 %r8, %r8, %r9;
+    add.u32 %r8, %r8, %r2;
+    ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r10, %r11, %r12, %r13}, [%r8];
+    and.b32 %r7, %r1, 7;
+    shl.b32 %r7, %r7, 5;
+    shl.b32 %r9, %r6, 1;
+    and.b32 %r9, %r9, 16;
+    add.u32 %r7, %r7, %r9;
+    add.u32 %r7, %r7, %r2;
+    ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%r14, %r15}, [%r7+512];
+    mov.f32 %f1, 0f3F800000;
+    mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f2, %f3, %f4, %f5}, {%r10, %r11, %r12, %r13}, {%r14, %r15}, {%f1, %f1, %f1, %f1};
+    shr.u32 %r16, %r1, 5;
+    shl.b32 %r16, %r16, 9;
+    shl.b32 %r17, %r6, 3;
+    add.u32 %r16, %r16, %r17;
+    cvt.u64.u32 %rd7, %r16;
+    add.s64 %rd8, %rd3, %rd7;
+    st.global.v2.f32 [%rd8], {%f2, %f3};
+    st.global.v2.f32 [%rd8+256], {%f4, %f5};
+    ret;
+}
+"""
+)
+
+#: The body of a warp whose lanes write 16 bytes to a row of their own; matrices follow.
+ROWS = """    .shared .align 16 .b8 box[512];
+    mov.u32 %r1, box;
+    shl.b32 %r2, %r0, 4;
+    add.u32 %r1, %r1, %r2;
+    st.shared.v2.b64 [%r1], {%a, %b};
+    bar.warp.sync -1;
+"""
+
 #: A maximum over a cluster with cooperative groups; scores stay in dynamic shared memory.
 CLUSTER_MAXIMUM = r"""
 #include <cooperative_groups.h>

@@ -82,14 +82,15 @@ def interpreted(**options: Any) -> Iterator[Counter[str]]:
 @contextmanager
 def memory_starts_as_nan() -> Iterator[None]:
     """``torch.empty`` gives NaN: a result that comes from a workspace nobody wrote shows."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    filling: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), filling.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    filling.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+        filling.fill_uninitialized_memory = before[1]
 
 
 @contextmanager
@@ -118,7 +119,7 @@ def cuda_source_standing_in(program: Path) -> Iterator[Counter[str]]:
 
     def call(*arguments: Any) -> tuple[torch.Tensor, ...]:
         *tensors, nucleus_target, target_is_combined = arguments
-        case = Case(*tensors, "target" if nucleus_target else "combined", target_is_combined)
+        case = Case(*tensors, "target" if nucleus_target else "combined", target_is_combined)  # type: ignore[call-arg]
         seen["ensemble_sample_cuda"] += 1
         return tuple(x.clone() for x in cuda_cases.run(program, [case])[0])  # of memory of their own
 

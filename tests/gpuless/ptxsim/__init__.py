@@ -7,11 +7,14 @@ results can be compared with the reference, and its memory accesses and barriers
   that was never written, bytes and 32-byte sectors counted per tensor, two CTAs racing on one place;
 * shared memory, that of other CTAs of the cluster included: inside, aligned, written before it is read, no race (exact
   happens-before by vector clocks, a clock per warp), no access to a CTA that may not have begun or may have ended;
-* barriers: divergence, deadlock, arriving twice at a cluster barrier; warp instructions whose mask names absent lanes.
+* copies to shared memory (``cp.async``): their destination is touched by nobody until their thread has waited for them;
+* barriers: divergence, deadlock, arriving twice at a cluster barrier; warp instructions whose mask names absent lanes, matrix instructions that a
+  part of a warp executes.
 
-What it cannot see: the weak memory model's reorderings, races inside one warp, time. ``ex2``, ``lg2`` and other
-approximations are rounded from float64; ``approximate=True`` adds a random error up to the manual's bound.
-Tensor-core, TMA and asynchronous-copy instructions are refused.
+What it cannot see: the weak memory model's reorderings, races inside one warp, a copy's source that changes under way, time.
+``ex2``, ``lg2`` and other approximations, and sums of matrix products (``mma.sync``), are rounded from float64;
+``approximate=True`` adds a random error up to the manual's bound (to matrix products, for which it has none, 2⁻²¹ of the
+terms). ``wgmma``, ``tcgen05``, bulk copies (TMA) and mbarriers are refused.
 """
 
 from tests.gpuless.ptxsim.machine import Machine, launch

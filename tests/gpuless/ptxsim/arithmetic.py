@@ -310,7 +310,8 @@ def _bit_fields(registers: Registers, ins: Instruction) -> Execute:
     if base == "prmt":
         if kind != "b32":
             raise PtxError(f"{ins.name}: not simulated")
-        a, b, selector = (registers.reader(t, "u32") for t in ins.operands[1:])
+        a, b = (registers.part(t, "u32") for t in ins.operands[1:3])
+        selector = registers.reader(ins.operands[3], "u32")
 
         def permute(sel: Selection) -> None:
             pool = a(sel).astype(np.uint64) | (b(sel).astype(np.uint64) << np.uint64(32))

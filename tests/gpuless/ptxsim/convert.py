@@ -8,7 +8,18 @@ from tests.gpuless.ptxsim import memory
 from tests.gpuless.ptxsim.arithmetic import Execute
 from tests.gpuless.ptxsim.parser import Instruction
 from tests.gpuless.ptxsim.registers import Registers, Selection
-from tests.gpuless.ptxsim.values import FLOATS, NUMPY, UNSIGNED, Array, PtxError, flush, from_float, size_of, to_float
+from tests.gpuless.ptxsim.values import (
+    FLOATS,
+    NUMPY,
+    UNSIGNED,
+    Array,
+    PtxError,
+    f32_to_tf32,
+    flush,
+    from_float,
+    size_of,
+    to_float,
+)
 
 _ROUND = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
 _WINDOWS = {"shared": memory.SHARED, "local": memory.LOCAL, "const": memory.CONSTANT, "param": memory.PARAMETER}
@@ -58,8 +69,11 @@ def convert(registers: Registers, ins: Instruction) -> Execute:
     """cvt between integers and floats, the packed bfloat16 and float16 pairs included."""
     target, source, parts = ins.parts[-2], ins.parts[-1], ins.parts
     write = registers.writer(ins.operands[0])
+    if ins.name == "cvt.rna.tf32.f32":
+        value = registers.reader(ins.operands[1], "f32")
+        return lambda sel: write(sel, f32_to_tf32(value(sel)))
     rounding = next((p for p in parts if p in ("rn", "rz")), "rn")
-    if any(p in parts for p in ("rm", "rp", "rna", "rs", "relu", "satfinite")):
+    if any(p in parts for p in ("rm", "rp", "rna", "tf32", "rs", "relu", "satfinite")):
         raise PtxError(f"{ins.name}: not simulated")
     if target in ("bf16x2", "f16x2") and source == "f32":
         high, low = (registers.reader(t, "f32") for t in ins.operands[1:3])

@@ -11,6 +11,8 @@ import numpy as np
 from tests.gpuless.ptxsim import arithmetic, convert
 from tests.gpuless.ptxsim.access import Accesses, parameter_block
 from tests.gpuless.ptxsim.barriers import AT_BARRIER, AT_CLUSTER, EXITED, RUNNING, Barriers
+from tests.gpuless.ptxsim.copies import Copies
+from tests.gpuless.ptxsim.matrix import Matrices
 from tests.gpuless.ptxsim.memory import GlobalMemory, SharedMemory, segment_of
 from tests.gpuless.ptxsim.parser import Instruction, Kernel
 from tests.gpuless.ptxsim.races import Clocks
@@ -18,8 +20,9 @@ from tests.gpuless.ptxsim.registers import Registers, Selection
 from tests.gpuless.ptxsim.values import FLOATS, NUMPY, Array, PtxError
 from tests.gpuless.ptxsim.warp import WarpInstructions
 
-# Largest relative errors of the approximations, from the PTX manual (lg2: near 1 an absolute one).
-_ERROR = {"ex2": 2**-22, "lg2": 2**-22, "rcp": 2**-23, "sqrt": 2**-23, "rsqrt": 2**-22.9, "div": 2**-22}
+# Largest relative errors of the approximations, from the PTX manual (lg2: near 1 an absolute one). It has none for matrix
+# products: 4 units in the last place of the sum of the terms' magnitudes is more than was found of an A100's (Fasi et al. 2021).
+_ERROR = {"ex2": 2**-22, "lg2": 2**-22, "rcp": 2**-23, "sqrt": 2**-23, "rsqrt": 2**-22.9, "div": 2**-22, "mma": 2**-21}
 _NO_EFFECT = frozenset(("griddepcontrol", "prefetch", "prefetchu", "nanosleep", "applypriority", "discard"))
 # Modifiers that are understood, or that change nothing here; an instruction with any other is refused.
 _MODIFIERS = set(
@@ -28,7 +31,7 @@ _MODIFIERS = set(
     relaxed acquire release acq_rel sc L1::evict_last L1::evict_first L1::no_allocate L1::evict_unchanged L2::128B L2::256B
     L2::evict_first L2::evict_last L2::cache_hint v2 v4 v8 rn rz rzi rni rmi rpi ftz sat approx full relu NaN abs lo hi wide
     wrap l r shiftamt sync bfly up down idx all any uni ballot add min max and or xor exch cas inc dec lt le gt ge eq ne ls
-    hs ltu leu gtu geu equ neu num nan arrive wait aligned red popc warp proxy launch_dependents
+    hs ltu leu gtu geu equ neu num nan arrive wait aligned red popc warp proxy launch_dependents rna tf32
     """.split()  # noqa: SIM905
 )
 
@@ -36,6 +39,14 @@ _MODIFIERS = set(
 def _triple(value: Sequence[int]) -> tuple[int, int, int]:
     x, y, z = (*value, 1, 1)[:3]
     return int(x), int(y), int(z)
+
+
+def _noise(value: Array, salt: np.uint64) -> Array:
+    """A number from -1 to 1 for each float64, by SplitMix64's mixing (Steele, Lea and Flood 2014) of its bits and a salt."""
+    bits = value.view(np.uint64) + salt
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        bits = (bits ^ (bits >> np.uint64(shift))) * np.uint64(factor)
+    return (bits ^ (bits >> np.uint64(31))) * 2.0**-63 - 1
 
 
 class Machine:
@@ -89,6 +100,7 @@ class Machine:
             raise PtxError(f"{kernel.name} has no .reqntid: pass block")
         self.kernel, self.order, self.approximate, self.steps = kernel, order, approximate, steps
         self.rng = np.random.default_rng(seed)
+        self.salts = self.rng.integers(0, 2**64, 2, np.uint64)
         self.grid, self.block = _triple(grid), _triple(shape)
         self.cluster = _triple(cluster or kernel.cluster or (1,))
         if any(g % c for g, c in zip(self.grid, self.cluster, strict=True)):
@@ -121,6 +133,8 @@ class Machine:
         block_of_parameters = parameter_block(kernel.parameters, list(arguments))
         self.accesses = Accesses(self.registers, self.memory, self.shared, block_of_parameters, self.rng)
         self.lanes = WarpInstructions(self.registers, self.warp, thread % 32)
+        self.matrices = Matrices(self.registers, self.shared, thread % 32, self._perturb if approximate else None)
+        self.copies = Copies(self.registers, self.memory, self.shared)
         self.decoded: dict[int, arithmetic.Execute] = {}
         self.instructions: collections.Counter[str] = collections.Counter()
         self.executed = np.zeros(len(kernel.code), np.int64)
@@ -164,15 +178,25 @@ class Machine:
         return self.cluster[1:] == (1, 1)
 
     def _perturb(self, value: Array, name: str) -> Array:
+        """``value`` with an error by chance, but the same for equal values: threads that compute the same agree on a GPU."""
         if not self.approximate:
             return value
-        error = self.rng.uniform(-1, 1, value.shape) * _ERROR.get(name, 2**-21)
-        absolute = self.rng.uniform(-1, 1, value.shape) * (2**-22 if name == "lg2" else 0)
-        return (value.astype(np.float64) * (1 + error) + absolute).astype(value.dtype)
+        wide = value.astype(np.float64)
+        error, absolute = (_noise(wide, salt) for salt in self.salts)
+        error, absolute = error * _ERROR.get(name, 2**-21), absolute * (2**-22 if name == "lg2" else 0)
+        return (wide * (1 + error) + absolute).astype(value.dtype)
 
     def _decode(self, ins: Instruction) -> arithmetic.Execute:
         """An instruction as a function of the threads that execute it."""
         base, kind = ins.base, ins.kind
+        by_name = {  # they know all modifiers that they may have
+            "ldmatrix": self.matrices.load,
+            "stmatrix": self.matrices.store,
+            "mma": self.matrices.multiply,
+            "cp": self.copies.decode,
+        }
+        if base in by_name:
+            return by_name[base](ins)
         unknown = [p for p in ins.parts[1:] if p not in _MODIFIERS and p not in NUMPY]
         if unknown:
             raise PtxError(f"{ins.name}: the modifier .{unknown[0]} is not simulated")

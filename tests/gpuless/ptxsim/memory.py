@@ -186,6 +186,8 @@ class SharedMemory:
         self.written = np.zeros(ctas * self.stride // granule, bool)
         self.races = SharedRaces(clocks, ctas * self.stride // granule, ctas)
         self.exited = np.zeros(ctas, bool)
+        self.copied_to = np.zeros(self.written.size, bool)  # by copies that are under way
+        self.copies = False
 
     def place(self, address: Array, size: int, threads: Array, what: str, cluster: bool) -> tuple[Array, Array]:
         """(CTA, offset) of each address, after the checks of bounds, alignment and life time."""
@@ -209,26 +211,29 @@ class SharedMemory:
             self.races.reach(cta[far], self.warp[threads[far]])
         return cta, offset
 
-    def _granules(self, cta: Array, offset: Array, size: int) -> Array:
+    def _granules(self, cta: Array, offset: Array, size: int, what: str) -> Array:
         count = max(1, size // self.granule)
-        return ((cta * self.stride + offset) // self.granule)[:, None] + np.arange(count)
+        places = ((cta * self.stride + offset) // self.granule)[:, None] + np.arange(count)
+        if self.copies and self.copied_to[places].any():
+            raise PtxError(f"shared-memory {what} where a cp.async is under way: its thread has not waited for it")
+        return places
 
     def load(self, address: Array, dtype: np.dtype, count: int, threads: Array, cluster: bool) -> list[Array]:
         """``count`` neighbouring values for each address."""
         size = dtype.itemsize * count
         cta, offset = self.place(address, size, threads, "load", cluster)
-        places = self._granules(cta, offset, size)
+        places = self._granules(cta, offset, size, "load")
         if not self.written[places].all():
             raise PtxError("load of shared memory that nothing was stored to")
         self.races.load(places.ravel(), np.repeat(self.warp[threads], places.shape[1]))
         table = self.bytes.view(dtype)
         return [table[cta, offset // dtype.itemsize + j] for j in range(count)]
 
-    def store(self, address: Array, values: list[Array], threads: Array, cluster: bool) -> None:
-        """Store neighbouring values at each address."""
+    def store(self, address: Array, values: list[Array], threads: Array, cluster: bool) -> Array:
+        """Store neighbouring values at each address; gives the granules [addresses, granules of each]."""
         width = values[0].dtype.itemsize
         cta, offset = self.place(address, width * len(values), threads, "store", cluster)
-        places = self._granules(cta, offset, width * len(values))
+        places = self._granules(cta, offset, width * len(values), "store")
         table = self.bytes.view(UNSIGNED[width])
         bits = np.stack([np.broadcast_to(v, address.shape).view(UNSIGNED[width]) for v in values], 1)
         columns = (offset // width)[:, None] + np.arange(len(values))
@@ -239,11 +244,25 @@ class SharedMemory:
         self.written[places] = True
         if (table[cta[:, None], columns] != bits).any():
             raise PtxError("shared-memory race: two threads store different values to one place in one instruction")
+        return places
+
+    def begin_copy(self, address: Array, values: list[Array], threads: Array) -> Array:
+        """A store that may happen at any time from now on; nobody may touch its granules, which it gives, until it ends."""
+        places = self.store(address, values, threads, cluster=False)
+        if np.unique(places).size < places.size:
+            raise PtxError("cp.async: two threads copy to one place of shared memory")
+        self.copies = self.copied_to[places] = True
+        return places
+
+    def end_copy(self, places: Array, threads: Array) -> None:
+        """It has happened by now: to other warps it is a store of this moment."""
+        self.copied_to[places] = False
+        self.races.stored(places.ravel(), np.repeat(self.warp[threads], places.shape[1]))
 
     def atomic(self, address: Array, size: int, threads: Array, cluster: bool) -> tuple[np.ndarray, Array]:
         """A flat table of ``size``-byte words and each address's index in it, checked and recorded as an atomic."""
         cta, offset = self.place(address, size, threads, "atomic", cluster)
-        places = self._granules(cta, offset, size)
+        places = self._granules(cta, offset, size, "atomic")
         if not self.written[places].all():
             raise PtxError("atomic on shared memory that nothing was stored to")
         changes = np.ones(places.size, bool)

@@ -142,9 +142,13 @@ class SharedRaces:
             raise PtxError("shared-memory race: store to a word that another warp wrote, no barrier between")
         if not self._after_reads(place, warp).all():
             raise PtxError("shared-memory race: store to a word that another warp read, no barrier between")
-        self.writer[place], self.written_at[place] = self.clocks.local[warp], self.clocks.now(warp)
+        self.stored(place, warp)
         self.atomic[place] = atomic
         self.reader[place] = NOBODY
+
+    def stored(self, place: Array, warp: Array) -> None:
+        """Record that the last store to these granules was made by ``warp``, now."""
+        self.writer[place], self.written_at[place] = self.clocks.local[warp], self.clocks.now(warp)
 
     def reach(self, cta: Array, warp: Array) -> None:
         """An access to another CTA's shared memory: that CTA must have begun, and must not end before it."""

@@ -89,7 +89,7 @@ class Registers:
         return lambda sel: literal
 
     def part(self, token: str, kind: str) -> Reader:
-        """An operand of a pack: the compiler may leave a half undefined that nobody looks at; here it is all ones."""
+        """An operand of a pack or permutation: the compiler may leave a half undefined that nobody looks at; here it is all ones."""
         if token not in self.never_written:
             return self.reader(token, kind)
         undefined = ~np.zeros(1, NUMPY[kind])

@@ -75,6 +75,13 @@ def f32_to_bf16(value: Array, rounding: str = "rn") -> Array:
     return np.where(np.isnan(value), np.uint16(0x7FFF), ((bits + up) >> np.uint32(16)).astype(np.uint16))
 
 
+def f32_to_tf32(value: Array) -> Array:
+    """The bits of the nearest float32 with 10 bits behind the point (ties away from zero), as the matrix units take it."""
+    bits = np.ascontiguousarray(value, np.float32).view(np.uint32)
+    rounded = (bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)
+    return np.where(np.isnan(value), np.uint32(0x7FFFE000), rounded)
+
+
 def to_float(value: Array, kind: str) -> Array:
     """A value of a 16-bit or wider float type as float32 (float64 stays)."""
     if kind == "bf16":
