@@ -58,9 +58,10 @@ def same(a: EnsembleSample, b: EnsembleSample) -> bool:
 
 # ── parity ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 def each_vocabulary() -> Iterator[object]:
-    """(V, type, form). Two launches of a long row are many programs to interpret: one type for each, or all of them."""
+    """(V, type, form). Two launches of a long row are many programs to interpret: all of them, or one type for each but the longest."""
     for vocab, dtype, (name, one_launch) in itertools.product(VOCABULARIES, DTYPES, FORMS.items()):
-        if FULL or one_launch or vocab <= 4097 or DTYPES.index(dtype) == VOCABULARIES.index(vocab) % 3:
+        one_type = vocab <= 50257 and DTYPES.index(dtype) == VOCABULARIES.index(vocab) % 3
+        if FULL or one_launch or vocab <= 4097 or one_type:
             yield pytest.param(vocab, dtype, one_launch, id=f"{vocab}-{str(dtype).removeprefix('torch.')}-{name}")
 
 
@@ -101,14 +102,14 @@ def test_parity_with_more_pairs_than_are_unrolled(pairs: int, one_launch: bool, 
 @pytest.mark.parametrize("top_k", [0, 50])
 def test_a_staircase_longer_than_the_lists(top_k: int, judge: Judge) -> None:
     """Flat rows at a tiny p, whose answer lies many candidates in: the last program goes on alone."""
-    case = make_case(5000, [(0.001, top_k, 0.0, 1.0)] * 4, pairs=1)
+    case = make_case(5000, [(0.001, top_k, 0.0, 1.0)] * 2, pairs=1)
     case.target, case.expert, case.anti_expert = (
         torch.rand(shape, generator=torch.Generator().manual_seed(3))
-        for shape in ((4, 5000), (1, 4, 5000), (1, 4, 5000))
+        for shape in ((2, 5000), (1, 2, 5000), (1, 2, 5000))
     )
     operator = Interpreted(one_launch=False)
     judge.check(case, operator.sample(case))
-    assert operator.logits_read["target"] > 2.5 * 4 * 5000 * 4  # it did go on
+    assert operator.logits_read["target"] > 2.5 * 2 * 5000 * 4  # it did go on
 
 
 @forms
@@ -121,7 +122,7 @@ def test_combined_logits_as_target(one_launch: bool, judge: Judge) -> None:
 
 
 @forms
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES if FULL else [torch.bfloat16], ids=str)
 def test_every_pattern_of_numbers_that_are_not_finite(dtype: torch.dtype, one_launch: bool, judge: Judge) -> None:
     patterns = list(itertools.product([0.5, -math.inf, math.inf, math.nan], repeat=3))
     case = make_case(40, [(0.9, 0, 0.0, 1.0)] * len(patterns), pairs=1, dtype=dtype)
@@ -187,7 +188,7 @@ MIXED = [(0.9, 0, 0.0, 1.0), (1.0, 0, 0.0, 1.0), (0.5, 40, 0.0, 0.7), (0.05, 0, 
 def test_any_order_of_programs_without_races(schedule: str, judge: Judge) -> None:
     case = make_case(3500, MIXED, pairs=2, padding=12)
     once = Interpreted(one_launch=False).sample(case)
-    for order_seed in range(2 if schedule in ("shuffled", "preemptive") else 1):
+    for order_seed in range(2 if FULL and schedule in ("shuffled", "preemptive") else 1):
         got = Interpreted(False, schedule, order_seed, races=True).sample(case)
         assert same(got, once)
     judge.check(case, once)
@@ -229,8 +230,7 @@ def one_read(vocab: int) -> float:
 
 
 @forms
-@pytest.mark.parametrize("vocab", [4099, 50257])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("vocab", "dtype"), [(4099, torch.float32), (50257, torch.bfloat16)], ids=str)
 def test_without_filters_every_logit_is_read_once(vocab: int, dtype: torch.dtype, one_launch: bool) -> None:
     case = make_case(vocab, [(1.0, 0, 0.0, 1.0), (1.0, vocab, 0.0, 0.7), (0.9, 0, 0.0, 0.0)], pairs=2, dtype=dtype)
     case.alpha = torch.ones(3, 2)
@@ -290,7 +290,7 @@ BUGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_wrong_result_is_noticed(bug: str, one_launch: bool, tmp_path: Path) -> None:
     module = with_bug(tmp_path, **BUGS[bug])
-    rows = [(0.5, 0, 0.0, 1.0), (0.9, 0, 0.0, 1.0), (1.0, 2, 0.0, 1.0), (1.0, 1, 0.0, 1.0), (1.0, 0, 0.3, 1.0)] * 6
+    rows = [(0.5, 0, 0.0, 1.0), (0.9, 0, 0.0, 1.0), (1.0, 2, 0.0, 1.0), (1.0, 1, 0.0, 1.0), (1.0, 0, 0.3, 1.0)] * 4
     case = make_case(1100, rows, pairs=1)
     assert case.expert is not None
     assert case.anti_expert is not None
