@@ -1,6 +1,6 @@
 // The AVX-512 instructions that csrc/cpu uses, computed with AVX2: so that layers_v4.cpp runs on machines without them.
 //
-// Included by layers_v4.cpp beside it. Types are the compiler's own, which are vectors of 64 bytes on any target; what
+// test_avx512.py includes it in layers_v4.cpp. Types are the compiler's own, which are vectors of 64 bytes on any target; what
 // an instruction does is Intel's description of it, lane by lane. Only the names below exist: another one does not compile.
 #pragma once
 #include <immintrin.h>
