@@ -28,7 +28,6 @@ import greenlet
 import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
-from triton.runtime.errors import InterpreterError
 from triton.runtime.jit import JITFunction
 
 from .shadow import KernelFault, Memory, Races, active_lanes, nothing_written
@@ -176,8 +175,8 @@ class _Launch:
     def execute(self, schedule: str, seed: int, max_switches: int) -> Traffic:
         rng = random.Random(seed)
         with self._patched(), _language_restored(), np.errstate(all="ignore"):
-            program = interpreter.InterpretedFunction(self.function).rewrite()
-            scope = interpreter._patch_lang(program)
+            program = _rewritten(self.function)
+            scope = interpreter._patch_lang(_EVERY_NAME)
             try:
                 _BUILDER.set_grid_dim(*self.grid)
                 if schedule == "preemptive":
@@ -191,11 +190,6 @@ class _Launch:
                     for self.current in order:
                         _BUILDER.set_grid_idx(*self.programs[self.current])
                         program(**self.values)
-            except InterpreterError as error:  # what a helper function raised
-                cause: BaseException = error
-                while cause.__cause__ is not None:
-                    cause = cause.__cause__
-                raise cause from None
             finally:
                 scope.restore()
         return self.traffic
@@ -258,15 +252,24 @@ def _dot(a: Any, b: Any, *rest: Any) -> Any:
     return type(_BUILDER).create_dot(_BUILDER, widened(a), widened(b), *rest)
 
 
+def _rewritten(function: Callable) -> Callable:
+    """A kernel or a function it calls, as the interpreter runs it; made once."""
+    return interpreter.InterpretedFunction.rewritten_fn.get(function) or interpreter.InterpretedFunction(function).rewrite()
+
+
+# What the stock interpreter patches again for the names each function sees, as many times as one is called; here once, for all.
+_EVERY_NAME = types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+
+
 @contextlib.contextmanager
 def _language_restored() -> Iterator[None]:
-    """Undoes every patch of ``triton.language``: calls of helper functions leave theirs, and a later compile would fail."""
+    """Undoes every patch of ``triton.language``, with which a later compile would fail."""
     candidates = [tl, tl.core, tl.math, tl.tensor, tl.core.tensor_descriptor_base, tl.dtype, tl.condition]
     candidates += [tl.core.range, tl.core.static_range]
     objects = [x for x in candidates if isinstance(x, (types.ModuleType, type))]
     before = [(x, dict(vars(x))) for x in objects]
     call = JITFunction.__call__
-    JITFunction.__call__ = lambda self, *args, **kwargs: interpreter.InterpretedFunction(self.fn)(*args, **kwargs)
+    JITFunction.__call__ = lambda self, *args, **kwargs: _rewritten(self.fn)(*args, **kwargs)
     try:
         yield
     finally:
