@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -77,6 +78,7 @@ def best_depths(
     plain: Seconds,
     verify: Seconds,
     draft: Seconds | None,
+    stake: float = math.inf,
 ) -> tuple[list[int], float]:
     """How many tokens each candidate drafts, for most tokens a second of the whole step; all 0 where that gains too little.
 
@@ -91,6 +93,8 @@ def best_depths(
         What the step yields and computes without any draft.
     plain, verify, draft : Seconds
         Of the step without drafts, of the one that verifies some, and of the draft model's; None: drafts are free.
+    stake : float
+        Seconds that drafts may add to the step, all of which are lost if none is accepted.
 
     Returns
     -------
@@ -115,9 +119,9 @@ def best_depths(
         new = np.where(depth == 0, unseen, 1) * (depth == np.arange(most)[:, None])  # rows of each depth's forward
         totals = np.cumsum(new, 1)
         seconds = seconds + np.where(totals, draft(totals, np.cumsum(new * context, 1)), 0.0).sum(0)
-    rates = (tokens + np.cumsum(chances.ravel()[order])) / seconds
-    best = int(np.argmax(rates))
-    alone = float(plain(np.array(rows), np.array(keys))) / tokens
+    before = float(plain(np.array(rows), np.array(keys)))
+    rates = np.where(seconds - before <= stake, (tokens + np.cumsum(chances.ravel()[order])) / seconds, 0.0)
+    best, alone = int(np.argmax(rates)), before / tokens
     if rates[best] * alone <= _MARGIN:
         return [0] * len(candidates), 0.0
     return np.bincount(who[: best + 1], minlength=len(candidates)).tolist(), alone - 1 / float(rates[best])

@@ -39,7 +39,9 @@ _MEASURED_CONTEXT, _CONTEXT_ROWS = 1024, 4
 _FIRST_RATE, _BEST_RATE, _WINDOW = 0.6, 0.95, 200.0
 #: Where drafting doesn't pay, one token is tried now and then: a sequence's after so many steps, and with this share of time.
 _PAUSE, _TRIES = 32, 0.015
-#: Steps' time that may be saved up for tries: a drafter that was left out for long has much to read first.
+#: Share of the time that drafts may lose, whatever was expected of them.
+_LOSS = 0.04
+#: Steps' time that may be saved up for tries and losses: a drafter that was left out for long has much to read first.
 _MOST_CREDIT = 8
 
 
@@ -108,7 +110,9 @@ class Speculator:
         self._drafting: list[Sequence] = []
         self._draft_seconds = 0.0
         self._tried: Sequence | None = None  # drafts although it doesn't seem to pay
+        self._draft_cost = 0.0  # what the drafts' forwards cost, by the model of costs
         self._credit = 0.0  # seconds that tries may cost
+        self._slack = 0.0  # seconds that drafts may lose beside their share of the time to come
 
     @classmethod
     def measured(
@@ -204,12 +208,15 @@ class Speculator:
         known, more = (scheduler.unknown(sequence, view, pools) for pools in (view.pools, both))
         price = self._prompt_seconds(strangers, more)
         price += self._prompt_seconds(view.pools, more) - self._prompt_seconds(view.pools, known)
-        if saved(self._prior.rate) > price:
-            return True
-        if price > self._credit or saved(_BEST_RATE) <= price:
+        ahead = self._prompt_seconds(view.pools, known) + (new - 1) * step.seconds(self.costs) / len(company)
+        if price > self._slack + _LOSS * ahead:
             return False
-        self._credit -= price
-        sequence.acceptance = Acceptance(0.0, weight=0.0, idle=_PAUSE)  # its first step is the try
+        if saved(self._prior.rate) <= price:
+            if price > self._credit or saved(_BEST_RATE) <= price:
+                return False
+            self._credit -= price
+            sequence.acceptance = Acceptance(0.0, weight=0.0, idle=_PAUSE)  # its first step is the try
+        self._slack -= price
         return True
 
     def _prompt_seconds(self, pools: tuple[int, ...], tokens: int) -> float:
@@ -231,7 +238,7 @@ class Speculator:
         """Draft for the sequences that decode in the next step."""
         self.assign(scheduler)
         start = time.perf_counter()
-        self._drafting, self._draft_seconds, self._tried = [], 0.0, None
+        self._drafting, self._draft_seconds, self._draft_cost, self._tried = [], 0.0, 0.0, None
         decoding, prompts = scheduler.decoding(), scheduler.prompt_rows()
         if prompts and self.config.adaptive:
             return  # weights are read for the prompts already: a drafted row costs what a token does
@@ -239,7 +246,11 @@ class Speculator:
         most = {sequence: tokens for sequence, tokens in most.items() if tokens > 0}
         if not most:
             return
-        depths = self._depths(decoding, most) if self.config.adaptive else most
+        if self.config.adaptive:
+            left = sum(1 + scheduler.draft_room(sequence) for sequence in decoding)
+            depths = self._depths(decoding, most, left / len(decoding))
+        else:
+            depths = most
         rows = {s: sum(len(view.decode_pools) for view in s.views) for s in decoding}  # for a token of each
         budget = max(scheduler.max_num_batched_tokens - sum(rows.values()) - prompts, 0)  # what prompts leave
         granted: dict[Sequence, int] = {}
@@ -278,14 +289,18 @@ class Speculator:
         drafter = sequence.request.drafter
         return drafter is not None and set(drafter.pools) <= set(sequence.views[drafter.view].pools)
 
-    def _depths(self, decoding: list[Sequence], most: dict[Sequence, int]) -> dict[Sequence, int]:
-        """The depths that pay, and now and then one token for a sequence whose drafts don't: text changes."""
+    def _depths(self, decoding: list[Sequence], most: dict[Sequence, int], left: float) -> dict[Sequence, int]:
+        """The depths that pay, and now and then one token for a sequence whose drafts don't: text changes.
+
+        ``left`` is how many steps there may be to come: drafts may lose their share of those.
+        """
         step = _Step(decoding)
         candidates = [self._candidate(sequence, tokens, step) for sequence, tokens in most.items()]
         # All draft with one model or its like: the first one's forward stands for all.
         drafter = next(iter(most)).request.drafter
         seconds = self._seconds(step.pools, None if drafter is None else drafter.pools)
-        depths, _ = best_depths(candidates, len(decoding), step.rows, step.keys, *seconds)
+        stake = self._slack + _LOSS * left * step.seconds(self.costs)
+        depths, _ = best_depths(candidates, len(decoding), step.rows, step.keys, *seconds, stake)
         found = dict(zip(most, depths, strict=True))
         idle = None
         for sequence, depth in found.items():
@@ -370,8 +385,10 @@ class Speculator:
                 batch.spans.append(Span(tokens, begin, view.table, drafter.pools, 1))
             start = time.perf_counter()
             output = execute(batch)
+            load = load_of(batch)
             if len({span.pools for span in batch.spans}) == 1:
-                self.costs.observe(*load_of(batch), time.perf_counter() - start)
+                self.costs.observe(*load, time.perf_counter() - start)
+            self._draft_cost += self.costs.seconds(*load)
             for sequence, token in zip(active, output.tokens, strict=True):
                 if token >= 0:
                     sequence.draft.append(token)
@@ -394,17 +411,23 @@ class Speculator:
                 self._prior.observe(found.accepted, found.drafted)
             self._check_vocabulary(sequence)
         self.stats["draft_seconds"] += self._draft_seconds
-        if not taken or any(len(span.tokens) != span.outputs for span in batch.spans):
-            return  # prompts in it: its time says nothing of decoding
         pools, rows, keys = load_of(batch)
-        self.costs.observe(pools, rows, keys, seconds, verifies=any(len(span.tokens) > 1 for span in batch.spans))
+        if not taken or any(len(span.tokens) != span.outputs for span in batch.spans):
+            self._slack += _LOSS * self.costs.seconds(pools, rows, keys)
+            return  # prompts in it: its time says nothing of decoding
+        verifies = any(len(span.tokens) > 1 for span in batch.spans)
+        self.costs.observe(pools, rows, keys, seconds, verifies=verifies)
         share = len(taken) / (len(taken) + sum(found.drafted for found in taken.values()))
         alone = self.costs.seconds(pools, rows * share, keys * share)  # of the step without drafts
         self._credit = min(self._credit + _TRIES * alone, _MOST_CREDIT * alone)
+        rounds = sum(found.new for found in taken.values()) / len(
+            taken
+        )  # such steps as the same tokens would have taken
+        if self.config.adaptive:
+            # By the model of costs, not the clock: a neighbour that comes in one step is no loss of its drafts.
+            lost = self.costs.seconds(pools, rows, keys, verifies=verifies) + self._draft_cost - rounds * alone
+            self._slack = min(self._slack + _LOSS * rounds * alone - lost, _MOST_CREDIT * alone)
         if self._drafting:
-            rounds = sum(found.new for found in taken.values()) / len(
-                taken
-            )  # such steps that the same tokens would have taken
             saved = rounds * alone - seconds - self._draft_seconds
             self.stats["saved_seconds"] += saved
             for sequence in self._drafting:
@@ -451,6 +474,9 @@ class _Step:
             rows, keys = self.of(sequence)
             self.rows += rows
             self.keys += keys
+
+    def seconds(self, costs: Costs) -> float:
+        return costs.seconds(self.pools, self.rows, self.keys)
 
     def of(self, sequence: Sequence) -> tuple[float, float]:
         """Rows and keys of one sequence in it."""

@@ -608,6 +608,15 @@ def test_drafting_never_costs_more_than_a_twentieth(wrong: int, batch: int) -> N
         assert ratio < 0.85, "and where it pays, it is used"
 
 
+@pytest.mark.parametrize("batch", [1, 2, 8])
+@pytest.mark.parametrize("new", [2, 3, 6, 9, 16])
+def test_the_first_drafts_cost_no_more_than_their_share(new: int, batch: int) -> None:
+    """Nothing is known yet, all drafts are wrong, and the run is short: what can be lost is what the few tokens allow."""
+    wave = [drafted(Oracle(0, LAYOUT), number, max_tokens=new) for number in range(batch)]
+    assert clocked("expert", EXPERTS_MS, 8, [wave], 200) < 1.05
+    assert clocked("model", LARGE_MS, 8, [long_prompts(batch, new)], 200) < 1.05
+
+
 @pytest.mark.parametrize("new", [1, 2, 4, 16])
 @pytest.mark.parametrize("batch", [1, 8])
 @RIGHT

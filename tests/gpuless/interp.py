@@ -254,7 +254,10 @@ def _dot(a: Any, b: Any, *rest: Any) -> Any:
 
 def _rewritten(function: Callable) -> Callable:
     """A kernel or a function it calls, as the interpreter runs it; made once."""
-    return interpreter.InterpretedFunction.rewritten_fn.get(function) or interpreter.InterpretedFunction(function).rewrite()
+    return (
+        interpreter.InterpretedFunction.rewritten_fn.get(function)
+        or interpreter.InterpretedFunction(function).rewrite()
+    )
 
 
 # What the stock interpreter patches again for the names each function sees, as many times as one is called; here once, for all.
