@@ -114,6 +114,57 @@ PRODUCT = (
 """
 )
 
+_PRODUCT = "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%f1, %f2, %f3, %f4, %f5, %f6, %f7, %f8}"
+
+#: Two warpgroups fill 16 KB of shared memory, all but a quarter by copies; each multiplies A, in registers, by what ``right`` says.
+WARPGROUPS = (
+    HEADER
+    + """
+.visible .entry product(.param .u64 image, .param .u64 a, .param .u64 out, .param .u64 left, .param .u64 right)
+.reqntid 256
+{
+    .reg .pred %p<3>;
+    .reg .b32 %r<12>;
+    .reg .f32 %f<10>;
+    .reg .b64 %rd<12>;
+    .shared .align 1024 .b8 box[16384];
+    ld.param.u64 %rd1, [image];
+    ld.param.u64 %rd2, [a];
+    ld.param.u64 %rd3, [out];
+    ld.param.u64 %rd4, [left];
+    ld.param.u64 %rd5, [right];
+    mov.u32 %r1, %tid.x;
+    setp.eq.u32 %p1, %r1, 255;
+    setp.ne.u32 %p2, %r1, 255;
+    mad.wide.u32 %rd1, %r1, 16, %rd1;
+    and.b32 %r2, %r1, 127;
+    mad.wide.u32 %rd2, %r2, 16, %rd2;
+    mad.wide.u32 %rd3, %r1, 32, %rd3;
+    ld.global.v4.u32 {%r4, %r5, %r6, %r7}, [%rd2];
+    mov.u32 %r2, box;
+    shl.b32 %r3, %r1, 4;
+    add.u32 %r2, %r2, %r3;
+    ld.global.v2.u64 {%rd6, %rd7}, [%rd1];
+    st.shared.v2.u64 [%r2], {%rd6, %rd7};
+    cp.async.cg.shared.global [%r2+4096], [%rd1+4096], 16;
+    cp.async.cg.shared.global [%r2+8192], [%rd1+8192], 16;
+    cp.async.cg.shared.global [%r2+12288], [%rd1+12288], 16;
+"""
+    + "".join(f"    mov.f32 %f{i}, 0f3F800000;\n" for i in range(1, 9))
+    + f"""    cp.async.wait_all;
+    bar.sync 0;
+    fence.proxy.async.shared::cta;
+    wgmma.fence.sync.aligned;
+    {_PRODUCT}, {{%r4, %r5, %r6, %r7}}, %rd5, 1, 1, 1, 0;
+    wgmma.commit_group.sync.aligned;
+    wgmma.wait_group.sync.aligned 0;
+    st.global.v4.f32 [%rd3], {{%f1, %f2, %f3, %f4}};
+    st.global.v4.f32 [%rd3+16], {{%f5, %f6, %f7, %f8}};
+    ret;
+}}
+"""
+)
+
 #: The body of a warp whose lanes write 16 bytes to a row of their own; matrices follow.
 ROWS = """    .shared .align 16 .b8 box[512];
     mov.u32 %r1, box;

@@ -203,7 +203,7 @@ def test_warp_instructions() -> None:
         ("ld.global.u64 %o0, [%at];", "bytes that nothing was stored to"),
         ("$L:\nbra $L;\nmov.b64 %o0, 0;", "no end after"),
         ("setp.eq.u32 %p1, %r0, 3;\n@%p1 bra $L;\nbar.sync 0;\n$L:\nmov.b64 %o0, 0;", "divergence"),
-        ("wgmma.fence.sync.aligned;\nmov.b64 %o0, 0;", "not simulated"),
+        ("setmaxnreg.inc.sync.aligned.u32 40;\nmov.b64 %o0, 0;", "not simulated"),
         ("add.cc.u32 %r1, %r0, %r0;\nmov.b64 %o0, 0;", "modifier .cc"),
         ("mov.b64 %o0, 0;\nst.global.u32 [%rd0], %r0;\nld.param.u64 %rd1, [in];\nst.global.u32 [%rd1], %r0;", "two threads store different"),
     ],

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import importlib.util
 import random as python_random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -230,12 +232,25 @@ def test_compiled_code_decodes_as_the_reference(arch: int, heads: tuple[int, int
     assert not any(name.startswith("mma") for name in write.instructions | merge.instructions)
 
 
-@pytest.mark.parametrize(("arch", "dtype"), [(80, torch.bfloat16), (90, torch.float32)], ids=str)
-def test_compiled_code_takes_mixed_batches(arch: int, dtype: torch.dtype) -> None:
-    """Pieces of prompts beside single tokens. In 16 bits sm_90 and sm_100 take other instructions for those."""
+@pytest.mark.parametrize(
+    ("arch", "heads", "dtype"),
+    [
+        (80, (4, 2, 16), torch.bfloat16),
+        (90, (4, 2, 16), torch.float32),
+        (90, (4, 2, 16), torch.float16),
+        (90, (9, 3, 64), torch.bfloat16),
+        (90, (2, 1, 128), torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_compiled_code_takes_mixed_batches(arch: int, heads: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Pieces of prompts beside single tokens. In 16 bits sm_90 multiplies those by ``wgmma``, sm_100 by ``tcgen05``."""
     torch.manual_seed(0)
-    worst = errors(Sequences.make((4, 2, 16), dtype, (5, 40, 20, 70)), on_the_simulator(arch))
+    machines: list[Machine] = []
+    worst = errors(Sequences.make(heads, dtype, (5, 40, 20, 70)), on_the_simulator(arch, machines))
     assert all(x < TOLERANCE[dtype] for x in worst)
+    warpgroups = any(name.startswith("wgmma") for machine in machines for name in machine.instructions)
+    assert warpgroups == (arch == 90 and dtype.itemsize == 2)
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -260,6 +275,41 @@ def test_a_barrier_or_a_wait_that_the_compiled_code_lacks_is_found(arch: int) ->
         except PtxError:
             continue
         assert not torch.equal(got, want)
+
+
+def test_what_the_compiled_prefill_lacks_is_found() -> None:
+    """The same of products of a warpgroup: barriers, waits, and fences of registers and of the proxy.
+
+    Unseen: the barrier of the search; two between a product and copies to the other buffer, which the barrier at the loop's
+    head keeps from the products before it; and the second product's proxy fence, whose operand came with the first one's.
+    """
+    torch.manual_seed(0)
+    counts = [30, 20]
+    sequences = Sequences.make((4, 1, 64), torch.bfloat16, (150, 100))  # an odd and an even number of steps
+    start = [len(x) - n for x, n in zip(sequences.q, counts, strict=True)]
+    sequences.step([0, 0], start, reference_layers.paged_attention)
+    texts: list[str] = []
+
+    def note(text: str) -> str:
+        texts.append(text)
+        return text
+
+    def prefilled(edit: Callable[[str], str]) -> torch.Tensor:
+        return torch.cat(sequences.step(start, counts, on_the_simulator(90, edit=edit, only=[len(texts) - 1])))
+
+    want = torch.cat(sequences.step(start, counts, on_the_simulator(90, edit=note)))
+    pattern = (
+        r"\n\s*(bar\.sync|cp\.async\.wait_group|fence\.proxy\.async|wgmma\.(?:fence|commit_group|wait_group))[^\n]*"
+    )
+    names = re.findall(pattern, texts[-1])
+    unseen = collections.Counter()
+    for name, text in zip(names, without(texts[-1], pattern), strict=True):
+        try:
+            unseen[name] += torch.equal(prefilled(lambda _, text=text: text), want)
+        except PtxError:
+            continue
+    assert len(names) == 18
+    assert +unseen == {"bar.sync": 3, "fence.proxy.async": 1}
 
 
 # ── what is launched, and what the compiler makes of it ─────────────────────────────────────────────────────────────

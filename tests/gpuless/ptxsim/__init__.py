@@ -8,13 +8,16 @@ results can be compared with the reference, and its memory accesses and barriers
 * shared memory, that of other CTAs of the cluster included: inside, aligned, written before it is read, no race (exact
   happens-before by vector clocks, a clock per warp), no access to a CTA that may not have begun or may have ended;
 * copies to shared memory (``cp.async``): their destination is touched by nobody until their thread has waited for them;
+* products of a warpgroup (``wgmma``): until they are waited for nobody touches their registers or overwrites what they read,
+  which was stored before a proxy fence; registers used before are fenced; all four warps begin them, with one descriptor;
 * barriers: divergence, deadlock, arriving twice at a cluster barrier; warp instructions whose mask names absent lanes, matrix instructions that a
   part of a warp executes.
 
-What it cannot see: the weak memory model's reorderings, races inside one warp, a copy's source that changes under way, time.
-``ex2``, ``lg2`` and other approximations, and sums of matrix products (``mma.sync``), are rounded from float64;
+What it cannot see: the weak memory model's reorderings, races inside one warp, a copy's source that changes under way, time,
+a warpgroup whose warps come to a product one after another (refused) or end before it does.
+``ex2``, ``lg2`` and other approximations, and sums of matrix products, are rounded from float64;
 ``approximate=True`` adds a random error up to the manual's bound (to matrix products, for which it has none, 2⁻²¹ of the
-terms). ``wgmma``, ``tcgen05``, bulk copies (TMA) and mbarriers are refused.
+terms). ``wgmma`` with integers, fp8, tf32 or f16 sums, ``tcgen05``, bulk copies (TMA) and mbarriers are refused.
 """
 
 from tests.gpuless.ptxsim.machine import Machine, launch

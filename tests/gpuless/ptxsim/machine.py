@@ -19,6 +19,7 @@ from tests.gpuless.ptxsim.races import Clocks
 from tests.gpuless.ptxsim.registers import Registers, Selection
 from tests.gpuless.ptxsim.values import FLOATS, NUMPY, Array, PtxError
 from tests.gpuless.ptxsim.warp import WarpInstructions
+from tests.gpuless.ptxsim.wgmma import Wgmma
 
 # Largest relative errors of the approximations, from the PTX manual (lg2: near 1 an absolute one). It has none for matrix
 # products: 4 units in the last place of the sum of the terms' magnitudes is more than was found of an A100's (Fasi et al. 2021).
@@ -31,7 +32,7 @@ _MODIFIERS = set(
     relaxed acquire release acq_rel sc L1::evict_last L1::evict_first L1::no_allocate L1::evict_unchanged L2::128B L2::256B
     L2::evict_first L2::evict_last L2::cache_hint v2 v4 v8 rn rz rzi rni rmi rpi ftz sat approx full relu NaN abs lo hi wide
     wrap l r shiftamt sync bfly up down idx all any uni ballot add min max and or xor exch cas inc dec lt le gt ge eq ne ls
-    hs ltu leu gtu geu equ neu num nan arrive wait aligned red popc warp proxy launch_dependents rna tf32
+    hs ltu leu gtu geu equ neu num nan arrive wait aligned red popc warp launch_dependents rna tf32
     """.split()  # noqa: SIM905
 )
 
@@ -121,7 +122,8 @@ class Machine:
         clocks = Clocks(ctas, warps, per_cluster)
         self.clocks = clocks
         undefined = set(scratch)
-        orderless = not any(i.base in ("atom", "red", "fence", "membar") for i in kernel.code)
+        ordering = (i for i in kernel.code if "proxy" not in i.parts)
+        orderless = not any(i.base in ("atom", "red", "fence", "membar") for i in ordering)
         known = written or {}
         segments = [segment_of(name, tensor, known.get(name), name in undefined) for name, tensor in tensors]
         for segment in segments:
@@ -134,6 +136,7 @@ class Machine:
         self.accesses = Accesses(self.registers, self.memory, self.shared, block_of_parameters, self.rng)
         self.lanes = WarpInstructions(self.registers, self.warp, thread % 32)
         self.matrices = Matrices(self.registers, self.shared, thread % 32, self._perturb if approximate else None)
+        self.wgmma = Wgmma(self.registers, self.shared, thread, self._perturb if approximate else None)
         self.copies = Copies(self.registers, self.memory, self.shared)
         self.decoded: dict[int, arithmetic.Execute] = {}
         self.instructions: collections.Counter[str] = collections.Counter()
@@ -194,9 +197,12 @@ class Machine:
             "stmatrix": self.matrices.store,
             "mma": self.matrices.multiply,
             "cp": self.copies.decode,
+            "wgmma": self.wgmma.decode,
         }
         if base in by_name:
             return by_name[base](ins)
+        if ins.name in ("fence.proxy.async", "fence.proxy.async.shared::cta"):
+            return self._publish
         unknown = [p for p in ins.parts[1:] if p not in _MODIFIERS and p not in NUMPY]
         if unknown:
             raise PtxError(f"{ins.name}: the modifier .{unknown[0]} is not simulated")
@@ -241,6 +247,11 @@ class Machine:
         if kind in FLOATS:
             return arithmetic.float_arithmetic(self.registers, ins, self._perturb)
         return arithmetic.integer_arithmetic(self.registers, ins)
+
+    def _publish(self, sel: Selection) -> None:
+        """fence.proxy.async; one that some lanes of a warp do not execute says nothing of their stores, and is not counted."""
+        warps, lanes = np.unique(self.warp[sel.threads], return_counts=True)
+        self.clocks.publish(warps[lanes == 32])
 
     def _execute(self, index: int, sel: Selection) -> None:
         if index not in self.decoded:

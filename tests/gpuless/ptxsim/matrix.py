@@ -21,7 +21,7 @@ _MOVE = re.compile(r"(?:ldmatrix|stmatrix)\.sync\.aligned\.m8n8\.x([124])(\.tran
 _MULTIPLY = re.compile(r"mma\.sync\.aligned\.m16n8k(\d+)\.row\.col\.f32\.(bf16|f16|tf32)\.\2\.f32")
 
 
-_ELEMENTS: dict[str, Callable[[Array], Array]] = {
+ELEMENTS: dict[str, Callable[[Array], Array]] = {
     "bf16": lambda words: bf16_to_f32(words.view(np.uint16)),
     "f16": lambda words: words.view(np.float16),
     # PTX leaves open what becomes of bits that no cvt has rounded away, and Triton's tf32x3 passes such: they are cut off.
@@ -116,7 +116,7 @@ class Matrices:
         counts = [len(x) for x in (left, right, addend, writes)]
         if found is None or counts != [2 * len(right), int(found[1]) // (4 if found[2] == "tf32" else 8), 4, 4]:
             raise PtxError(f"{ins.name}: not simulated")
-        elements = _ELEMENTS[found[2]]
+        elements = ELEMENTS[found[2]]
 
         def execute(sel: Selection) -> None:
             self._whole_warps(sel, ins.name)

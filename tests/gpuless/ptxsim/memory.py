@@ -188,6 +188,8 @@ class SharedMemory:
         self.exited = np.zeros(ctas, bool)
         self.copied_to = np.zeros(self.written.size, bool)  # by copies that are under way
         self.copies = False
+        self.readers = np.zeros(self.written.size, np.int64)  # warps that have not waited for a wgmma which reads it
+        self.reads = False
 
     def place(self, address: Array, size: int, threads: Array, what: str, cluster: bool) -> tuple[Array, Array]:
         """(CTA, offset) of each address, after the checks of bounds, alignment and life time."""
@@ -216,6 +218,8 @@ class SharedMemory:
         places = ((cta * self.stride + offset) // self.granule)[:, None] + np.arange(count)
         if self.copies and self.copied_to[places].any():
             raise PtxError(f"shared-memory {what} where a cp.async is under way: its thread has not waited for it")
+        if self.reads and what != "load" and self.readers[places].any():
+            raise PtxError(f"shared-memory race: {what} where a wgmma may still read: a warp has not waited for it")
         return places
 
     def load(self, address: Array, dtype: np.dtype, count: int, threads: Array, cluster: bool) -> list[Array]:
@@ -258,6 +262,28 @@ class SharedMemory:
         """It has happened by now: to other warps it is a store of this moment."""
         self.copied_to[places] = False
         self.races.stored(places.ravel(), np.repeat(self.warp[threads], places.shape[1]))
+
+    def begin_read(self, chunks: Array, threads: Array) -> tuple[Array, Array]:
+        """A load of 16 bytes at each offset [warpgroups, chunks] for threads [warpgroups, 128], who have yet to wait for it.
+
+        Gives the bytes [warpgroups, chunks, 16] and the granules, each once, of each warp [warps, granules].
+        """
+        if (chunks + 16 > self.size).any():
+            raise PtxError(f"shared-memory wgmma read out of bounds: {int(chunks.max())} + 16 > {self.size} bytes")
+        cta, warps = self.cta[threads[:, :1]], self.warp[threads[:, ::32]]
+        places = self._granules(np.broadcast_to(cta, chunks.shape).ravel(), chunks.ravel(), 16, "load")
+        if not self.written[places].all():
+            raise PtxError("wgmma read of shared memory that nothing was stored to")
+        places = places.reshape(len(chunks), 1, -1).repeat(warps.shape[1], 1).reshape(warps.size, -1)
+        self.races.load_asynchronously(places.ravel(), np.repeat(warps.ravel(), places.shape[1]))
+        self.readers += np.bincount(places.ravel(), minlength=self.readers.size)
+        self.reads = True
+        return self.bytes[cta[:, :, None], chunks[:, :, None] + np.arange(16)], places
+
+    def end_read(self, places: Array, warps: Array) -> None:
+        """These warps [warps] have waited for their loads of the granules [warps, granules]: loads of this moment."""
+        self.readers -= np.bincount(places.ravel(), minlength=self.readers.size)
+        self.races.load(places.ravel(), np.repeat(warps, places.shape[1]))
 
     def atomic(self, address: Array, size: int, threads: Array, cluster: bool) -> tuple[np.ndarray, Array]:
         """A flat table of ``size``-byte words and each address's index in it, checked and recorded as an atomic."""

@@ -13,7 +13,8 @@ class Clocks:
     """What each warp knows of the other warps of its cluster.
 
     ``known[w, x]`` is the last moment of warp x (its number within the cluster) that is ordered before what warp w (its
-    number within the grid) does now. A warp's own moment advances whenever it releases.
+    number within the grid) does now. A warp's own moment advances whenever it releases. ``published`` says the same of
+    what a proxy fence lies behind: the asynchronous proxy (wgmma) sees no other stores.
 
     Parameters
     ----------
@@ -25,10 +26,11 @@ class Clocks:
         self.per_cluster = warps_per_cta * ctas_per_cluster
         total = ctas * warps_per_cta
         self.local = np.arange(total) % self.per_cluster
-        self.known = np.zeros((total, self.per_cluster), np.int32)
+        self.both = np.zeros((total, 2 * self.per_cluster), np.int32)  # what passes from warp to warp
+        self.known, self.published = self.both[:, : self.per_cluster], self.both[:, self.per_cluster :]
         self.known[np.arange(total), self.local] = 1
-        self.fenced = self.known.copy()
-        self.arrived = np.zeros((ctas // ctas_per_cluster, self.per_cluster), np.int32)
+        self.fenced = self.both.copy()
+        self.arrived = np.zeros((ctas // ctas_per_cluster, 2 * self.per_cluster), np.int32)
         self.completed = self.arrived.copy()
         self.met = np.zeros(total, bool)
 
@@ -41,18 +43,23 @@ class Clocks:
 
     def join(self, warps: Array) -> None:
         """A CTA barrier: everybody learns what anybody knows."""
-        self.known[warps] = self.known[warps].max(0)
+        self.both[warps] = self.both[warps].max(0)
         self._advance(warps)
 
     def fence(self, warps: Array) -> None:
         """A fence: later relaxed arrivals publish what was known and done here."""
-        self.fenced[warps] = self.known[warps]
+        self.fenced[warps] = self.both[warps]
+        self._advance(warps)
+
+    def publish(self, warps: Array) -> None:
+        """A proxy fence: the asynchronous proxy sees what was known and done here, if the access comes after the fence."""
+        self.published[warps] = self.known[warps]
         self._advance(warps)
 
     def arrive(self, warps: Array, release: bool) -> None:
         """Arrival at the cluster barrier; ``relaxed`` publishes only what a fence covered."""
         cluster = warps // self.per_cluster
-        np.maximum.at(self.arrived, cluster, (self.known if release else self.fenced)[warps])
+        np.maximum.at(self.arrived, cluster, (self.both if release else self.fenced)[warps])
         self._advance(warps)
 
     def complete(self, cluster: int) -> None:
@@ -62,7 +69,7 @@ class Clocks:
 
     def acquire(self, warps: Array) -> None:
         """Past the wait of the cluster barrier: the other CTAs exist, and what they released is visible."""
-        self.known[warps] = np.maximum(self.known[warps], self.completed[warps // self.per_cluster])
+        self.both[warps] = np.maximum(self.both[warps], self.completed[warps // self.per_cluster])
         self.met[warps] = True
 
 
@@ -132,6 +139,14 @@ class SharedRaces:
         if rest.any():
             self._pool(place[rest])
             self.rows[self.row[place[rest]], own[rest]] = now[rest]
+
+    def load_asynchronously(self, place: Array, warp: Array) -> None:
+        """Check a load by the asynchronous proxy that these warps begin; it counts as theirs when they have waited for it."""
+        if not self._after_write(place, warp).all():
+            raise PtxError("shared-memory race: wgmma reads a word that another warp wrote, no barrier between")
+        writer = self.writer[place]
+        if not ((writer < 0) | (self.clocks.published[warp, writer] >= self.written_at[place])).all():
+            raise PtxError("wgmma reads shared memory that was stored to, no fence.proxy.async between")
 
     def store(self, place: Array, warp: Array, changes: Array, atomic: bool = False) -> None:
         """Check and record a store; ``changes`` says where the value differs from what is there."""

@@ -60,9 +60,22 @@ class Registers:
             symbols[name] = memory.CONSTANT | place
             place = -(-(place + data.size) // 16) * 16
         self.symbols = symbols
+        self.touch: dict[str, Callable[[Selection], None]] = {}  # called before each access but those of wgmma
 
     def reader(self, token: str, kind: str) -> Reader:
         """A function from a selection to the operand's values as the PTX type ``kind``."""
+        read, touch = self.quiet_reader(token, kind), self.touch.get(token)
+        if touch is None:
+            return read
+
+        def touching(sel: Selection) -> Array:
+            touch(sel)
+            return read(sel)
+
+        return touching
+
+    def quiet_reader(self, token: str, kind: str) -> Reader:
+        """The same for an access that ``touch`` does not hear of."""
         if token in self.values:
             values, unset = self.values[token], self.unset
 
@@ -102,6 +115,18 @@ class Registers:
 
     def writer(self, token: str) -> Writer:
         """A function that sets the register for a selection of threads."""
+        write, touch = self.quiet_writer(token), self.touch.get(token)
+        if touch is None:
+            return write
+
+        def touching(sel: Selection, value: Array) -> None:
+            touch(sel)
+            write(sel, value)
+
+        return touching
+
+    def quiet_writer(self, token: str) -> Writer:
+        """The same for an access that ``touch`` does not hear of."""
         if token == "_":
             return lambda sel, value: None
         if token not in self.values:
