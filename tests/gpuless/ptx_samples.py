@@ -200,6 +200,90 @@ extern "C" __global__ void __cluster_dims__(8, 1, 1) __launch_bounds__(128) maxi
 """
 
 
+def tensor_core(rows: int = 64) -> str:
+    """A CTA of four warps multiplies A (``rows`` × 16), in tensor memory, by what ``right`` says lies in shared memory.
+
+    Shared memory is filled as that of ``WARPGROUPS``. The accumulators, 16 columns, begin as ones; A lies behind them.
+    """
+    shape, width, split = ("16x32bx2", 8, ", {}") if rows == 64 else ("32x32b", 16, "")
+    result, ones = (", ".join(f"%{c}{i}" for i in range(width)) for c in "fo")
+    words = ", ".join(f"%w{i}" for i in range(width // 2))
+    copies = "".join(f"    cp.async.cg.shared.global [%r2+{n}], [%rd1+{n}], 16;\n" for n in range(4096, 16384, 2048))
+    loads = "".join(f"    ld.global.u32 %w{i}, [%rd2+{4 * i}];\n" for i in range(width // 2))
+    stores = "".join(f"    st.global.f32 [%rd3+{4 * i}], %f{i};\n" for i in range(width))
+    return f"""{HEADER.replace("sm_90", "sm_100a")}
+.visible .entry product(.param .u64 image, .param .u64 a, .param .u64 out, .param .u64 left, .param .u64 right, .param .u32 shape)
+.reqntid 128
+{{
+    .reg .pred %p<9>;
+    .reg .b32 %r<19>;
+    .reg .b32 %w<8>;
+    .reg .f32 %f<16>;
+    .reg .b32 %o<16>;
+    .reg .b64 %rd<12>;
+    .shared .align 1024 .b8 box[16384];
+    .shared .align 8 .b8 done[8];
+    .shared .align 4 .b8 base[4];
+    ld.param.u64 %rd1, [image];
+    ld.param.u64 %rd2, [a];
+    ld.param.u64 %rd3, [out];
+    ld.param.u64 %rd4, [left];
+    ld.param.u64 %rd5, [right];
+    ld.param.u32 %r9, [shape];
+    mov.u32 %r1, %tid.x;
+    mov.u32 %r3, base;
+    mov.u32 %r4, done;
+    setp.lt.u32 %p1, %r1, 32;
+    setp.eq.u32 %p2, %r1, 127;
+    setp.eq.u32 %p3, %r1, 0;
+    mov.pred %p6, -1;
+    mov.u32 %r11, 0;
+    @%p1 tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r3], 32;
+    @%p1 tcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned;
+    @%p3 mbarrier.init.shared::cta.b64 [%r4], 1;
+    bar.sync 0;
+    ld.shared.u32 %r5, [%r3];
+    shr.u32 %r6, %r1, 5;
+    shl.b32 %r6, %r6, 21;
+    add.u32 %r7, %r5, %r6;
+    add.u32 %r8, %r5, 16;
+    mov.u32 %r2, box;
+    shl.b32 %r10, %r1, 4;
+    add.u32 %r2, %r2, %r10;
+    mad.wide.u32 %rd1, %r1, 16, %rd1;
+    mad.wide.u32 %rd2, %r1, {2 * width}, %rd2;
+    mad.wide.u32 %rd3, %r1, {4 * width}, %rd3;
+{copies}    ld.global.v2.u64 {{%rd6, %rd7}}, [%rd1];
+    st.shared.v2.u64 [%r2], {{%rd6, %rd7}};
+    ld.global.v2.u64 {{%rd6, %rd7}}, [%rd1+2048];
+    st.shared.v2.u64 [%r2+2048], {{%rd6, %rd7}};
+{loads}    tcgen05.st.sync.aligned.{shape}.x{width // 2}.b32 [%r7+16]{split.format(width // 2)}, {{{words}}};
+{"".join(f"    mov.b32 %o{i}, 0f3F800000;{chr(10)}" for i in range(width))}    tcgen05.st.sync.aligned.{shape}.x{width}.b32 [%r7+0]{split.format(width)}, {{{ones}}};
+    tcgen05.wait::st.sync.aligned;
+    cp.async.wait_all;
+    fence.proxy.async.shared::cta;
+    bar.sync 0;
+    @!%p1 bra $BEGUN;
+    elect.sync %r12|%p4, -1;
+    @%p4 tcgen05.mma.cta_group::1.kind::f16 [%r5], [%r8], %rd5, %r9, %p6;
+    @%p4 tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%r4];
+$BEGUN:
+    {{
+    .reg .pred complete;
+    again:
+    mbarrier.try_wait.parity.shared::cta.b64 complete, [%r4], %r11;
+    @!complete bra.uni again;
+    }}
+    tcgen05.ld.sync.aligned.{shape}.x{width}.b32 {{{result}}}, [%r7+0]{split.format(width)};
+    tcgen05.wait::ld.sync.aligned;
+{stores}    bar.sync 0;
+    @%p3 mbarrier.inval.shared::cta.b64 [%r4];
+    @%p1 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r5, 32;
+    ret;
+}}
+"""
+
+
 def straight(body: str, outputs: int = 1) -> str:
     """A kernel of one warp around ``body``: inputs in %a, %b, %c (u64 each), results from %o0 … as u64."""
     stores = "".join(f"    st.global.u64 [%at+{8 * i}], %o{i};\n" for i in range(outputs))

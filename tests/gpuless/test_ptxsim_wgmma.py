@@ -144,8 +144,8 @@ def test_a_proxy_fence_of_the_writers_or_of_the_readers_will_do() -> None:
         (PROXY, PROXY.replace("    ", "    @%p2 "), "no fence.proxy.async between"),
         (PROXY, PROXY + "    @%p1 st.shared.u32 [%r2], %r1;\n" + BARRIER, "no fence.proxy.async between"),
         (PROXY, PROXY.replace("shared::cta", "global"), "not simulated"),
-        (BARRIER, "", "race: wgmma reads a word that another warp wrote"),
-        (BARRIER + PROXY, PROXY, "race: wgmma reads a word that another warp wrote"),
+        (BARRIER, "", "race: a product of a word that another warp wrote"),
+        (BARRIER + PROXY, PROXY, "race: a product of a word that another warp wrote"),
         (COPIED, "", "load where a cp.async is under way"),
         # registers
         (FENCE, "", "%f1 was used since the last wgmma.fence"),
@@ -166,7 +166,7 @@ def test_a_proxy_fence_of_the_writers_or_of_the_readers_will_do() -> None:
         (COMMIT, COMMIT + "    @%p1 cp.async.ca.shared.global [%r2], [%rd1], 4;\n", "store where a wgmma may still read"),
         (WAIT, WAIT + "    @%p1 st.shared.u32 [%r2], %r1;\n", "race: store to a word that another warp read"),
         # descriptors
-        ("[right];\n", "[right];\n    add.u64 %rd5, %rd5, 800;\n", "wgmma read out of bounds"),
+        ("[right];\n", "[right];\n    add.u64 %rd5, %rd5, 800;\n", "product out of bounds"),
         ("[right];\n", "[right];\n    or.b64 %rd5, %rd5, 0x2000000000000;\n", "a base offset or an unknown bit"),
         ("    st.shared", "    @%p2 st.shared", "nothing was stored to"),
         (PROXY, PROXY + "    @%p1 add.u64 %rd5, %rd5, 2;\n", "different matrix descriptors"),

@@ -13,10 +13,12 @@ from tests.gpuless.ptxsim.access import Accesses, parameter_block
 from tests.gpuless.ptxsim.barriers import AT_BARRIER, AT_CLUSTER, EXITED, RUNNING, Barriers
 from tests.gpuless.ptxsim.copies import Copies
 from tests.gpuless.ptxsim.matrix import Matrices
+from tests.gpuless.ptxsim.mbarrier import MBarriers
 from tests.gpuless.ptxsim.memory import GlobalMemory, SharedMemory, segment_of
 from tests.gpuless.ptxsim.parser import Instruction, Kernel
 from tests.gpuless.ptxsim.races import Clocks
 from tests.gpuless.ptxsim.registers import Registers, Selection
+from tests.gpuless.ptxsim.tcgen05 import Tcgen05
 from tests.gpuless.ptxsim.values import FLOATS, NUMPY, Array, PtxError
 from tests.gpuless.ptxsim.warp import WarpInstructions
 from tests.gpuless.ptxsim.wgmma import Wgmma
@@ -113,7 +115,8 @@ class Machine:
             )
         self.threads = np.arange(per_cta * ctas)
         cta, thread = self.threads // per_cta, self.threads % per_cta
-        warps = -(-per_cta // 32)
+        tensor_cores = any(i.base == "tcgen05" for i in kernel.code)
+        warps = -(-per_cta // 32) + tensor_cores  # which count as a warp without threads
         self.warp, self.cta = cta * warps + thread // 32, cta
         special = self._special(cta, thread)
         special["%dynamic_smem_size"] = np.full(self.threads.size, shared_bytes, np.uint32)
@@ -135,8 +138,11 @@ class Machine:
         block_of_parameters = parameter_block(kernel.parameters, list(arguments))
         self.accesses = Accesses(self.registers, self.memory, self.shared, block_of_parameters, self.rng)
         self.lanes = WarpInstructions(self.registers, self.warp, thread % 32)
-        self.matrices = Matrices(self.registers, self.shared, thread % 32, self._perturb if approximate else None)
-        self.wgmma = Wgmma(self.registers, self.shared, thread, self._perturb if approximate else None)
+        perturb = self._perturb if approximate else None
+        self.matrices = Matrices(self.registers, self.shared, thread % 32, perturb)
+        self.wgmma = Wgmma(self.registers, self.shared, thread, perturb)
+        self.mbarriers = MBarriers(self.registers, self.shared)
+        self.tcgen05 = Tcgen05(self.registers, self.shared, self.mbarriers, thread, perturb) if tensor_cores else None
         self.copies = Copies(self.registers, self.memory, self.shared)
         self.decoded: dict[int, arithmetic.Execute] = {}
         self.instructions: collections.Counter[str] = collections.Counter()
@@ -198,7 +204,10 @@ class Machine:
             "mma": self.matrices.multiply,
             "cp": self.copies.decode,
             "wgmma": self.wgmma.decode,
+            "mbarrier": self.mbarriers.decode,
         }
+        if self.tcgen05 is not None:
+            by_name["tcgen05"] = self.tcgen05.decode
         if base in by_name:
             return by_name[base](ins)
         if ins.name in ("fence.proxy.async", "fence.proxy.async.shared::cta"):
@@ -291,6 +300,8 @@ class Machine:
             raise PtxError(f"barrier deadlock: {waiting} threads wait, {int((state == EXITED).sum())} have exited")
         self.shared.races.finish()
         self.memory.finish()
+        if self.tcgen05 is not None:
+            self.tcgen05.memory.finish()
         for index, times in enumerate(self.executed):
             if times:
                 self.instructions[self.kernel.code[index].name] += int(times)

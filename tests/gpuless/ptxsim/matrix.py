@@ -29,6 +29,19 @@ ELEMENTS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+def product(a: Array, b: Array, c: Array, perturb: Perturb | None) -> Array:
+    """a @ b + c [matrices, rows, columns] in float64, rounded once.
+
+    In which order and with how many bits a GPU adds is not specified; ``perturb`` adds an error by chance.
+    """
+    a, b, c = (x.astype(np.float64) for x in (a, b, c))
+    total = a @ b + c
+    if perturb is not None:
+        largest = np.abs(a) @ np.abs(b) + np.abs(c)
+        total += perturb(largest, "mma") - largest
+    return total.astype(np.float32)
+
+
 class Matrices:
     """Decodes matrix instructions for one launch.
 
@@ -104,11 +117,7 @@ class Matrices:
         return np.stack([np.broadcast_to(read(sel), (sel.size,)) for read in reads]).reshape(len(reads), -1, 8, 4)
 
     def multiply(self, ins: Instruction) -> Execute:
-        """mma.sync: 16 × 8 sums of k products of bf16, f16 or tf32 each, on float32.
-
-        They are added in float64 and rounded once. In which order and with how many bits a GPU does it is not specified;
-        ``perturb`` adds an error by chance.
-        """
+        """mma.sync: 16 × 8 sums of k products of bf16, f16 or tf32 each, on float32."""
         found = _MULTIPLY.fullmatch(ins.name)
         writes = self.registers.destinations(ins.operands[0])
         left, right = (self._readers(operand, "u32") for operand in ins.operands[1:3])
@@ -120,19 +129,14 @@ class Matrices:
 
         def execute(sel: Selection) -> None:
             self._whole_warps(sel, ins.name)
-            a, b = (elements(self._pieces(reads, sel)).astype(np.float64) for reads in (left, right))
+            a, b = (elements(self._pieces(reads, sel)) for reads in (left, right))
             warps, steps, width = a.shape[1], len(right), a.shape[3]
             # A's pieces go down first, then right. B's are its transpose's, from left to right.
             a = a.reshape(steps, 2, warps, 8, width).transpose(2, 1, 3, 0, 4).reshape(warps, 16, -1)
             b = b.transpose(1, 0, 3, 2).reshape(warps, -1, 8)
-            c = self._pieces(addend, sel).astype(np.float64)
-            c = c.reshape(2, 2, warps, 8, 4).transpose(2, 0, 3, 4, 1).reshape(warps, 16, 8)
-            total = a @ b + c
-            if self.perturb is not None:
-                largest = np.abs(a) @ np.abs(b) + np.abs(c)
-                total += self.perturb(largest, "mma") - largest
-            result = total.astype(np.float32).reshape(warps, 2, 8, 4, 2).transpose(1, 4, 0, 2, 3).reshape(4, -1)
-            for write, value in zip(writes, result, strict=True):
+            c = self._pieces(addend, sel).reshape(2, 2, warps, 8, 4).transpose(2, 0, 3, 4, 1).reshape(warps, 16, 8)
+            result = product(a, b, c, self.perturb).reshape(warps, 2, 8, 4, 2).transpose(1, 4, 0, 2, 3)
+            for write, value in zip(writes, result.reshape(4, -1), strict=True):
                 write(sel, value)
 
         return execute

@@ -190,6 +190,8 @@ class SharedMemory:
         self.copies = False
         self.readers = np.zeros(self.written.size, np.int64)  # warps that have not waited for a wgmma which reads it
         self.reads = False
+        self.mbarrier = np.zeros(self.written.size, bool)  # a live one lies there
+        self.mbarriers = False
 
     def place(self, address: Array, size: int, threads: Array, what: str, cluster: bool) -> tuple[Array, Array]:
         """(CTA, offset) of each address, after the checks of bounds, alignment and life time."""
@@ -218,6 +220,8 @@ class SharedMemory:
         places = ((cta * self.stride + offset) // self.granule)[:, None] + np.arange(count)
         if self.copies and self.copied_to[places].any():
             raise PtxError(f"shared-memory {what} where a cp.async is under way: its thread has not waited for it")
+        if self.mbarriers and self.mbarrier[places].any():
+            raise PtxError(f"shared-memory {what} of an mbarrier, which is not invalidated")
         if self.reads and what != "load" and self.readers[places].any():
             raise PtxError(f"shared-memory race: {what} where a wgmma may still read: a warp has not waited for it")
         return places
@@ -263,22 +267,33 @@ class SharedMemory:
         self.copied_to[places] = False
         self.races.stored(places.ravel(), np.repeat(self.warp[threads], places.shape[1]))
 
-    def begin_read(self, chunks: Array, threads: Array) -> tuple[Array, Array]:
-        """A load of 16 bytes at each offset [warpgroups, chunks] for threads [warpgroups, 128], who have yet to wait for it.
+    def read_asynchronously(self, chunks: Array, cta: Array, warps: Array) -> tuple[Array, Array]:
+        """A matrix product's load of chunks of 16 bytes, in the asynchronous proxy.
 
-        Gives the bytes [warpgroups, chunks, 16] and the granules, each once, of each warp [warps, granules].
+        Parameters
+        ----------
+        chunks : offsets [matrices, lines, chunks of a line]
+        cta, warps : [matrices] and [matrices, warps of each], which load all of it
+
+        Returns
+        -------
+        words [matrices, lines, 4 × chunks of a line], granules of each warp [warps of all matrices, granules]
         """
         if (chunks + 16 > self.size).any():
-            raise PtxError(f"shared-memory wgmma read out of bounds: {int(chunks.max())} + 16 > {self.size} bytes")
-        cta, warps = self.cta[threads[:, :1]], self.warp[threads[:, ::32]]
-        places = self._granules(np.broadcast_to(cta, chunks.shape).ravel(), chunks.ravel(), 16, "load")
+            raise PtxError(f"shared memory of a product out of bounds: {int(chunks.max())} + 16 > {self.size} bytes")
+        where = np.broadcast_to(cta[:, None, None], chunks.shape)
+        places = self._granules(where.ravel(), chunks.ravel(), 16, "load")
         if not self.written[places].all():
-            raise PtxError("wgmma read of shared memory that nothing was stored to")
+            raise PtxError("product of shared memory that nothing was stored to")
         places = places.reshape(len(chunks), 1, -1).repeat(warps.shape[1], 1).reshape(warps.size, -1)
         self.races.load_asynchronously(places.ravel(), np.repeat(warps.ravel(), places.shape[1]))
+        words = self.bytes.view(np.uint32)[where[..., None], chunks[..., None] // 4 + np.arange(4)]
+        return words.reshape(*chunks.shape[:2], -1), places
+
+    def begin_read(self, places: Array) -> None:
+        """Warps load these granules [warps, granules] at any time from now on; nobody may store to them until it ends."""
         self.readers += np.bincount(places.ravel(), minlength=self.readers.size)
         self.reads = True
-        return self.bytes[cta[:, :, None], chunks[:, :, None] + np.arange(16)], places
 
     def end_read(self, places: Array, warps: Array) -> None:
         """These warps [warps] have waited for their loads of the granules [warps, granules]: loads of this moment."""

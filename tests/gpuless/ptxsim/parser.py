@@ -229,23 +229,30 @@ class Kernel:
     def _read_body(self, body: str) -> list[str]:
         dynamic: list[str] = []
         scopes: list[dict[str, str]] = [{}]
-        opened = 0
+        opened, inside = 0, [""]  # suffixes of what the enclosing scopes declare
+        branches: list[tuple[Instruction, list[str]]] = []
         pending = ""
         for statement in _statements(body):
             if statement == "{":
                 opened += 1
+                inside = [*inside, f"@{opened}"]
                 scopes.append(dict(scopes[-1]))
             elif statement == "}":
                 scopes.pop()
+                inside = inside[:-1]
             elif re.fullmatch(r"[$%\w]+:", statement):
-                pending = statement[:-1]
+                pending = statement[:-1] + inside[-1]
                 self.labels[pending] = len(self.code)
             elif statement.startswith(".branchtargets"):
                 self.tables[pending] = split_operands(statement.split(None, 1)[1])
             elif statement.startswith("."):
-                dynamic += self._declare(statement, f"@{opened}" if len(scopes) > 1 else "", scopes[-1])
+                dynamic += self._declare(statement, inside[-1], scopes[-1])
             else:
                 self._append(statement, scopes[-1] if len(scopes) > 1 else {})
+                branches += [(self.code[-1], inside)] if self.code[-1].base == "bra" else []
+        for branch, suffixes in branches:  # to the innermost label of that name, which may come later
+            names = (branch.operands[0] + suffix for suffix in reversed(suffixes))
+            branch.operands[0] = next((name for name in names if name in self.labels), branch.operands[0])
         return dynamic
 
     def _append(self, statement: str, scope: dict[str, str]) -> None:

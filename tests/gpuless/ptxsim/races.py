@@ -56,6 +56,21 @@ class Clocks:
         self.published[warps] = self.known[warps]
         self._advance(warps)
 
+    def learn(self, warp: int, known: Array) -> None:
+        """An acquiring wait: what was published comes to be known."""
+        np.maximum(self.both[warp], known, out=self.both[warp])
+
+    def follow(self, warps: Array, others: Array) -> None:
+        """Each of these warps goes on where the other one is, which told it to."""
+        self.both[warps] = np.maximum(self.both[warps], self.both[others])
+        self._advance(others)
+
+    def release(self, warps: Array) -> Array:
+        """What these warps know and have done, for others to learn."""
+        known = self.both[warps]
+        self._advance(warps)
+        return known
+
     def arrive(self, warps: Array, release: bool) -> None:
         """Arrival at the cluster barrier; ``relaxed`` publishes only what a fence covered."""
         cluster = warps // self.per_cluster
@@ -74,13 +89,13 @@ class Clocks:
 
 
 class SharedRaces:
-    """Who last wrote and who read each granule of shared memory, and whether the next access is ordered after them.
+    """Who last wrote and who read each granule of a memory, and whether the next access is ordered after them.
 
     Two unordered stores of the same value are harmless, as compute-sanitizer's racecheck has it; Triton makes them.
     """
 
-    def __init__(self, clocks: Clocks, granules: int, ctas: int) -> None:
-        self.clocks = clocks
+    def __init__(self, clocks: Clocks, granules: int, ctas: int, memory: str = "shared-memory") -> None:
+        self.clocks, self.memory = clocks, memory
         self.writer = np.full(granules, NOBODY, np.int32)
         self.written_at = np.zeros(granules, np.int32)
         self.atomic = np.zeros(granules, bool)
@@ -124,7 +139,7 @@ class SharedRaces:
     def load(self, place: Array, warp: Array) -> None:
         """Check and record a load of granules ``place`` by ``warp`` (both one-dimensional)."""
         if not self._after_write(place, warp).all():
-            raise PtxError("shared-memory race: load of a word that another warp wrote, no barrier between")
+            raise PtxError(f"{self.memory} race: load of a word that another warp wrote, no barrier between")
         own, now = self.clocks.local[warp], self.clocks.now(warp)
         alone = (self.reader[place] != MANY) & self._after_reads(place, warp)
         before = self.reader[place[alone]], self.read_at[place[alone]]
@@ -143,10 +158,10 @@ class SharedRaces:
     def load_asynchronously(self, place: Array, warp: Array) -> None:
         """Check a load by the asynchronous proxy that these warps begin; it counts as theirs when they have waited for it."""
         if not self._after_write(place, warp).all():
-            raise PtxError("shared-memory race: wgmma reads a word that another warp wrote, no barrier between")
+            raise PtxError(f"{self.memory} race: a product of a word that another warp wrote, no barrier between")
         writer = self.writer[place]
         if not ((writer < 0) | (self.clocks.published[warp, writer] >= self.written_at[place])).all():
-            raise PtxError("wgmma reads shared memory that was stored to, no fence.proxy.async between")
+            raise PtxError("product of shared memory that was stored to, no fence.proxy.async between")
 
     def store(self, place: Array, warp: Array, changes: Array, atomic: bool = False) -> None:
         """Check and record a store; ``changes`` says where the value differs from what is there."""
@@ -154,9 +169,9 @@ class SharedRaces:
         if atomic:
             conflict &= ~self.atomic[place]
         if conflict.any():
-            raise PtxError("shared-memory race: store to a word that another warp wrote, no barrier between")
+            raise PtxError(f"{self.memory} race: store to a word that another warp wrote, no barrier between")
         if not self._after_reads(place, warp).all():
-            raise PtxError("shared-memory race: store to a word that another warp read, no barrier between")
+            raise PtxError(f"{self.memory} race: store to a word that another warp read, no barrier between")
         self.stored(place, warp)
         self.atomic[place] = atomic
         self.reader[place] = NOBODY

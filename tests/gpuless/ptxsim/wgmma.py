@@ -12,8 +12,8 @@ from collections.abc import Callable
 import numpy as np
 
 from tests.gpuless.ptxsim.arithmetic import Execute, Perturb
-from tests.gpuless.ptxsim.descriptor import chunks
-from tests.gpuless.ptxsim.matrix import ELEMENTS
+from tests.gpuless.ptxsim.descriptor import chunks, of_wgmma
+from tests.gpuless.ptxsim.matrix import ELEMENTS, product
 from tests.gpuless.ptxsim.memory import SharedMemory
 from tests.gpuless.ptxsim.parser import Instruction
 from tests.gpuless.ptxsim.registers import Reader, Registers, Selection
@@ -122,11 +122,13 @@ class Wgmma:
             descriptor = np.broadcast_to(read(sel), (sel.size,)).reshape(-1, 128)
             if (descriptor != descriptor[:, :1]).any():
                 raise PtxError("the threads of a warpgroup have different matrix descriptors")
-            where = chunks(descriptor[:, 0], rows, transposed)
-            data, places = self.shared.begin_read(where.reshape(len(where), -1), threads)
-            first = threads[:, ::32].ravel()
+            where = chunks(*of_wgmma(descriptor[:, 0]), rows, transposed)
+            first = threads[:, ::32]
+            data, places = self.shared.read_asynchronously(where, self.shared.cta[first[:, 0]], self.shared.warp[first])
+            self.shared.begin_read(places)
+            first = first.ravel()
             self.under_way.append((first, self.committed[first], places))
-            values = ELEMENTS[kind](np.ascontiguousarray(data).view(np.uint32)).reshape(*where.shape[:2], -1)
+            values = ELEMENTS[kind](data)
             return values.swapaxes(1, 2) if transposed else values
 
         return matrix
@@ -144,7 +146,7 @@ class Wgmma:
         return matrix
 
     def _multiply(self, ins: Instruction) -> Execute:
-        """64 × n sums of 16 products on float32, added in float64 and rounded once, as mma.sync's are."""
+        """64 × n sums of 16 products on float32."""
         found = _MULTIPLY.fullmatch(ins.name)
         from_registers = len(ins.operands) > 1 and "{" in ins.operands[1]
         results, left = _names(ins.operands[0]), _names(ins.operands[1])
@@ -169,13 +171,8 @@ class Wgmma:
                 raise PtxError(f"{ins.name}: the threads of a warpgroup disagree on whether to add")
             self._use(results, columns, sel)
             c = self._accumulators(addends, threads[added[:, 0]], added[:, 0])
-            a, b = read_a(sel, threads).astype(np.float64) * sign_a, read_b(sel, threads).astype(np.float64) * sign_b
-            b = b.swapaxes(1, 2)
-            total = a @ b + c
-            if self.perturb is not None:
-                largest = np.abs(a) @ np.abs(b) + np.abs(c)
-                total += self.perturb(largest, "mma") - largest
-            tiles = total.astype(np.float32).reshape(-1, 4, 2, 8, columns // 8, 4, 2)
+            a, b = sign_a * read_a(sel, threads), sign_b * read_b(sel, threads).swapaxes(1, 2)
+            tiles = product(a, b, c, self.perturb).reshape(-1, 4, 2, 8, columns // 8, 4, 2)
             for write, value in zip(writes, tiles.transpose(4, 2, 6, 0, 1, 3, 5).reshape(len(writes), -1), strict=True):
                 write(sel, value)
 
