@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,9 @@ from tests.gpuless.ptxsim.wgmma import Wgmma
 # products: 4 units in the last place of the sum of the terms' magnitudes is more than was found of an A100's (Fasi et al. 2021).
 _ERROR = {"ex2": 2**-22, "lg2": 2**-22, "rcp": 2**-23, "sqrt": 2**-23, "rsqrt": 2**-22.9, "div": 2**-22, "mma": 2**-21}
 _NO_EFFECT = frozenset(("griddepcontrol", "prefetch", "prefetchu", "nanosleep", "applypriority", "discard"))
+_APPROXIMATE = frozenset(("ex2", "lg2", "rcp", "sqrt", "rsqrt", "sin", "cos", "tanh"))
+# Whose decoders look at all modifiers themselves.
+_KNOW_THEIR_MODIFIERS = frozenset(("ldmatrix", "stmatrix", "mma", "cp", "wgmma", "mbarrier", "tcgen05"))
 # Modifiers that are understood, or that change nothing here; an instruction with any other is refused.
 _MODIFIERS = set(
     """
@@ -37,6 +41,8 @@ _MODIFIERS = set(
     hs ltu leu gtu geu equ neu num nan arrive wait aligned red popc warp launch_dependents rna tf32
     """.split()  # noqa: SIM905
 )
+
+Decoder = Callable[[Instruction], arithmetic.Execute]
 
 
 def _triple(value: Sequence[int]) -> tuple[int, int, int]:
@@ -50,6 +56,11 @@ def _noise(value: Array, salt: np.uint64) -> Array:
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         bits = (bits ^ (bits >> np.uint64(shift))) * np.uint64(factor)
     return (bits ^ (bits >> np.uint64(31))) * 2.0**-63 - 1
+
+
+def _refuse_call(ins: Instruction) -> arithmetic.Execute:
+    asserted = "__assertfail" in ins.text
+    raise PtxError("device-side assert" if asserted else f"call of a function: not simulated ({ins.text})")
 
 
 class Machine:
@@ -144,6 +155,7 @@ class Machine:
         self.mbarriers = MBarriers(self.registers, self.shared)
         self.tcgen05 = Tcgen05(self.registers, self.shared, self.mbarriers, thread, perturb) if tensor_cores else None
         self.copies = Copies(self.registers, self.memory, self.shared)
+        self.decoders = self._decoders()
         self.decoded: dict[int, arithmetic.Execute] = {}
         self.instructions: collections.Counter[str] = collections.Counter()
         self.executed = np.zeros(len(kernel.code), np.int64)
@@ -195,27 +207,30 @@ class Machine:
         error, absolute = error * _ERROR.get(name, 2**-21), absolute * (2**-22 if name == "lg2" else 0)
         return (wide * (1 + error) + absolute).astype(value.dtype)
 
-    def _decode(self, ins: Instruction) -> arithmetic.Execute:
-        """An instruction as a function of the threads that execute it."""
-        base, kind = ins.base, ins.kind
-        by_name = {  # they know all modifiers that they may have
+    def _decoders(self) -> dict[str, Decoder]:
+        """By an instruction's first word, what makes it a function of the threads that execute it; arithmetic is not in it."""
+        own = {
             "ldmatrix": self.matrices.load,
             "stmatrix": self.matrices.store,
             "mma": self.matrices.multiply,
             "cp": self.copies.decode,
             "wgmma": self.wgmma.decode,
             "mbarrier": self.mbarriers.decode,
+            **({} if self.tcgen05 is None else {"tcgen05": self.tcgen05.decode}),
         }
-        if self.tcgen05 is not None:
-            by_name["tcgen05"] = self.tcgen05.decode
-        if base in by_name:
-            return by_name[base](ins)
-        if ins.name in ("fence.proxy.async", "fence.proxy.async.shared::cta"):
-            return self._publish
-        unknown = [p for p in ins.parts[1:] if p not in _MODIFIERS and p not in NUMPY]
-        if unknown:
-            raise PtxError(f"{ins.name}: the modifier .{unknown[0]} is not simulated")
-        fixed = {
+        assert own.keys() <= _KNOW_THEIR_MODIFIERS
+        by_registers = {
+            "mov": convert.move,
+            "selp": convert.select,
+            "cvt": convert.convert,
+            "cvta": convert.change_space,
+            "setp": arithmetic.comparison,
+            "set": arithmetic.comparison,
+        }
+        return {
+            **own,
+            **{name: functools.partial(decode, self.registers) for name, decode in by_registers.items()},
+            "mapa": functools.partial(convert.map_shared, self.registers, per_cluster=int(np.prod(self.cluster))),
             "ld": self.accesses.load,
             "ldu": self.accesses.load,
             "st": self.accesses.store,
@@ -227,35 +242,30 @@ class Machine:
             "match": self.lanes.match,
             "elect": self.lanes.active,
             "activemask": self.lanes.active,
+            "bar": self.lanes.synchronise,
+            "fence": lambda ins: self._fence,
+            "membar": lambda ins: self._fence,
+            "call": _refuse_call,
+            **dict.fromkeys(_NO_EFFECT, lambda ins: lambda sel: None),
+            **dict.fromkeys(_APPROXIMATE, lambda ins: arithmetic.transcendental(self.registers, ins, self._perturb)),
         }
-        if base in fixed:
-            return fixed[base](ins)
-        by_registers = {
-            "mov": convert.move,
-            "selp": convert.select,
-            "cvt": convert.convert,
-            "cvta": convert.change_space,
-            "setp": arithmetic.comparison,
-            "set": arithmetic.comparison,
-        }
-        if base in by_registers:
-            return by_registers[base](self.registers, ins)
-        if base == "mapa":
-            return convert.map_shared(self.registers, ins, int(np.prod(self.cluster)))
-        if base == "bar" or "warp" in ins.parts:
-            return self.lanes.synchronise(ins)
-        if base in ("fence", "membar"):
-            return lambda sel: self.clocks.fence(np.unique(self.warp[sel.threads]))
-        if base in _NO_EFFECT:
-            return lambda sel: None
-        if base == "call":
-            asserted = "__assertfail" in ins.text
-            raise PtxError("device-side assert" if asserted else f"call of a function: not simulated ({ins.text})")
-        if base in ("ex2", "lg2", "rcp", "sqrt", "rsqrt", "sin", "cos", "tanh"):
-            return arithmetic.transcendental(self.registers, ins, self._perturb)
-        if kind in FLOATS:
+
+    def _decode(self, ins: Instruction) -> arithmetic.Execute:
+        """An instruction as a function of the threads that execute it."""
+        if ins.name in ("fence.proxy.async", "fence.proxy.async.shared::cta"):
+            return self._publish
+        if ins.base not in _KNOW_THEIR_MODIFIERS:
+            unknown = [p for p in ins.parts[1:] if p not in _MODIFIERS and p not in NUMPY]
+            if unknown:
+                raise PtxError(f"{ins.name}: the modifier .{unknown[0]} is not simulated")
+        if ins.base in self.decoders:
+            return self.decoders[ins.base](ins)
+        if ins.kind in FLOATS:
             return arithmetic.float_arithmetic(self.registers, ins, self._perturb)
         return arithmetic.integer_arithmetic(self.registers, ins)
+
+    def _fence(self, sel: Selection) -> None:
+        self.clocks.fence(np.unique(self.warp[sel.threads]))
 
     def _publish(self, sel: Selection) -> None:
         """fence.proxy.async; one that some lanes of a warp do not execute says nothing of their stores, and is not counted."""
