@@ -127,7 +127,8 @@ class Tcgen05:
         names = [name.strip() for name in registers.strip("{} ").split(",")]
         if len(names) != count or len(operands) != 1 + halves:
             raise PtxError(f"{ins.name} of {len(names)} registers: not simulated")
-        moves = [self.registers.writer(n) if load else self.registers.reader(n, "u32") for n in names]
+        writes = [self.registers.writer(name) for name in names] if load else []
+        reads = [] if load else [self.registers.reader(name, "u32") for name in names]
         down = np.arange(32)[:, None] % (16 if halves else 32)
         right = np.arange(count) + np.arange(32)[:, None] // 16 * split
 
@@ -143,10 +144,10 @@ class Tcgen05:
             every = np.repeat(warps, cells.shape[1])
             if load:
                 words = self.memory.load(cells.ravel(), every).reshape(-1, count)
-                for move, value in zip(moves, words.T, strict=True):
-                    move(sel, value)
+                for write, value in zip(writes, words.T, strict=True):
+                    write(sel, value)
             else:
-                words = np.stack([np.broadcast_to(move(sel), (sel.size,)) for move in moves], 1)
+                words = np.stack([np.broadcast_to(read(sel), (sel.size,)) for read in reads], 1)
                 self.memory.store(cells.ravel(), words.ravel(), every)
             (self.memory.loading if load else self.memory.storing)[cells] = True
             self.under_way[load].append((warps, cells))
