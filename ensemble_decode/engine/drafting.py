@@ -57,6 +57,8 @@ class Candidate:
         Tokens of context that one such row reads.
     unseen : int
         Tokens that the drafting model computes for the first drafted token.
+    early : bool
+        Whether it ends before others, and none waits for its place.
     """
 
     rate: float
@@ -64,6 +66,7 @@ class Candidate:
     rows: float = 1.0
     keys: float = 0.0
     unseen: int = 1
+    early: bool = False
 
 
 #: Seconds of steps by (rows, tokens of context that all these rows read), elementwise.
@@ -80,7 +83,7 @@ def best_depths(
     draft: Seconds | None,
     stake: float = math.inf,
 ) -> tuple[list[int], float]:
-    """How many tokens each candidate drafts, for most tokens a second of the whole step; all 0 where that gains too little.
+    """How many tokens each candidate drafts, so that the work is done soonest; all 0 where that gains too little.
 
     Token i of a draft is kept with probability aⁱ at acceptance a (Leviathan et al. 2023). So the most promising tokens
     are taken one after the other, over all candidates, and the best of these plans is kept: a step costs its forward over
@@ -95,7 +98,6 @@ def best_depths(
         Of the step without drafts, of the one that verifies some, and of the draft model's; None: drafts are free.
     stake : float
         Seconds that drafts may add to the step, all of which are lost if none is accepted.
-
     Returns
     -------
     depths : list of int
@@ -120,11 +122,16 @@ def best_depths(
         totals = np.cumsum(new, 1)
         seconds = seconds + np.where(totals, draft(totals, np.cumsum(new * context, 1)), 0.0).sum(0)
     before = float(plain(np.array(rows), np.array(keys)))
-    rates = np.where(seconds - before <= stake, (tokens + np.cumsum(chances.ravel()[order])) / seconds, 0.0)
-    best, alone = int(np.argmax(rates)), before / tokens
-    if rates[best] * alone <= _MARGIN:
+    own = weights * np.array([candidate.keys for candidate in candidates])
+    early = np.array([candidate.early for candidate in candidates])
+    worth = np.where(early, before - plain(rows - weights, keys - own), before / tokens)
+    worth = np.cumsum(chances.ravel()[order] * worth[who])
+    gains = np.where(seconds - before <= stake, (before + worth) / seconds, 0.0)
+    best = int(np.argmax(gains))
+    if gains[best] <= _MARGIN:
         return [0] * len(candidates), 0.0
-    return np.bincount(who[: best + 1], minlength=len(candidates)).tolist(), alone - 1 / float(rates[best])
+    saved = before / tokens * (1 - 1 / float(gains[best]))
+    return np.bincount(who[: best + 1], minlength=len(candidates)).tolist(), saved
 
 
 class Costs:
@@ -153,7 +160,8 @@ class Costs:
         self._tables = {pools: _rising(table) for pools, table in measured.items()}
         self._per_key = dict(per_key or {})
         self._per_verification = dict(per_verification or {})
-        self._scale: dict[tuple[int, ...], float] = {}
+        #: What steps really take over what was measured, by pools and whether drafts are verified.
+        self._scale: dict[tuple[tuple[int, ...], bool], float] = {}
         self._sources: dict[tuple[int, ...], tuple[int, ...]] = {}
 
     def seconds(self, pools: tuple[int, ...], rows: float, keys: float = 0.0, *, verifies: bool = False) -> float:
@@ -164,21 +172,32 @@ class Costs:
         self, pools: tuple[int, ...], rows: np.ndarray, keys: np.ndarray, *, verifies: bool = False
     ) -> np.ndarray:
         """:meth:`seconds` of many steps."""
+        return self._scale_of(pools, verifies) * self._measured(pools, rows, keys, verifies)
+
+    def _scale_of(self, pools: tuple[int, ...], verifies: bool) -> float:
+        """A verification is taken to be no cheaper, over what was measured, than a step without."""
+        plain = self._scale.get((pools, False), 1.0)
+        return max(plain, self._scale.get((pools, True), plain)) if verifies else plain
+
+    def _measured(self, pools: tuple[int, ...], rows: np.ndarray, keys: np.ndarray, verifies: bool) -> np.ndarray:
         source = self._source(pools)
         xs, ys = self._tables[source]
         slope = (ys[-1] - ys[-2]) / (xs[-1] - xs[-2]) if len(xs) > 1 else ys[0] / xs[0]
         found = np.interp(rows, xs, ys) + np.maximum(rows - xs[-1], 0.0) * slope
         if verifies:
             found = found + self._per_verification.get(source, 0.0)
-        return self._scale.get(pools, 1.0) * (found + keys * self._per_key.get(source, 0.0))
+        return found + keys * self._per_key.get(source, 0.0)
 
     def observe(
         self, pools: tuple[int, ...], rows: float, keys: float, seconds: float, *, verifies: bool = False
     ) -> None:
-        """Correct the estimate for ``pools``: neighbours come and go. One outlier moves it little."""
-        scale = self._scale.setdefault(pools, 1.0)
-        ratio = scale * seconds / self.seconds(pools, rows, keys, verifies=verifies)
-        self._scale[pools] = scale + 0.05 * (min(ratio, 3 * scale) - scale)
+        """Correct the estimate for ``pools``: neighbours come and go, and drafts in a batch may cost more than one row's did.
+
+        One outlier moves it little.
+        """
+        scale = self._scale.get((pools, verifies), self._scale_of(pools, verifies))
+        ratio = seconds / float(self._measured(pools, np.array(rows), np.array(keys), verifies))
+        self._scale[pools, verifies] = scale + 0.05 * (min(ratio, 3 * scale) - scale)
 
     def _source(self, pools: tuple[int, ...]) -> tuple[int, ...]:
         """The measured pools that stand for ``pools``: these, or the smallest set with all of them, or the largest."""

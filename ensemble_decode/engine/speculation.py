@@ -39,6 +39,8 @@ _MEASURED_CONTEXT, _CONTEXT_ROWS = 1024, 4
 _FIRST_RATE, _BEST_RATE, _WINDOW = 0.6, 0.95, 200.0
 #: Where drafting doesn't pay, one token is tried now and then: a sequence's after so many steps, and with this share of time.
 _PAUSE, _TRIES = 32, 0.015
+#: Tokens that a sequence may be ahead of the last one of a batch, where none waits for its place, before drafts for it are worth less.
+_LEAD = 8
 #: Share of the time that drafts may lose, whatever was expected of them.
 _LOSS = 0.04
 #: Steps' time that may be saved up for tries and losses: a drafter that was left out for long has much to read first.
@@ -247,8 +249,8 @@ class Speculator:
         if not most:
             return
         if self.config.adaptive:
-            left = sum(1 + scheduler.draft_room(sequence) for sequence in decoding)
-            depths = self._depths(decoding, most, left / len(decoding))
+            left = {sequence: 1 + scheduler.draft_room(sequence) for sequence in decoding}
+            depths = self._depths(most, left, bool(scheduler.waiting))
         else:
             depths = most
         rows = {s: sum(len(view.decode_pools) for view in s.views) for s in decoding}  # for a token of each
@@ -289,17 +291,22 @@ class Speculator:
         drafter = sequence.request.drafter
         return drafter is not None and set(drafter.pools) <= set(sequence.views[drafter.view].pools)
 
-    def _depths(self, decoding: list[Sequence], most: dict[Sequence, int], left: float) -> dict[Sequence, int]:
+    def _depths(self, most: dict[Sequence, int], left: dict[Sequence, int], replaced: bool) -> dict[Sequence, int]:
         """The depths that pay, and now and then one token for a sequence whose drafts don't: text changes.
 
-        ``left`` is how many steps there may be to come: drafts may lose their share of those.
+        ``left`` is how many steps there may be to come for each that decodes: drafts may lose their share of those.
+        ``replaced``: others wait for a place.
         """
+        decoding = list(left)
         step = _Step(decoding)
-        candidates = [self._candidate(sequence, tokens, step) for sequence, tokens in most.items()]
+        last = -1 if replaced else max(left.values()) - _LEAD
+        candidates = [
+            self._candidate(sequence, tokens, step, left[sequence] < last) for sequence, tokens in most.items()
+        ]
         # All draft with one model or its like: the first one's forward stands for all.
         drafter = next(iter(most)).request.drafter
         seconds = self._seconds(step.pools, None if drafter is None else drafter.pools)
-        stake = self._slack + _LOSS * left * step.seconds(self.costs)
+        stake = self._slack + _LOSS * sum(left.values()) / len(left) * step.seconds(self.costs)
         depths, _ = best_depths(candidates, len(decoding), step.rows, step.keys, *seconds, stake)
         found = dict(zip(most, depths, strict=True))
         idle = None
@@ -344,7 +351,7 @@ class Speculator:
         self._tried = sequence
         depths[sequence] = 1
 
-    def _candidate(self, sequence: Sequence, most: int, step: _Step) -> Candidate:
+    def _candidate(self, sequence: Sequence, most: int, step: _Step, early: bool) -> Candidate:
         assert sequence.acceptance is not None
         unseen = 1
         if sequence.request.drafter is not None:
@@ -352,7 +359,7 @@ class Speculator:
             if view.draft_pools:
                 unseen = len(view.tokens) - view.drafted
         rows, keys = step.of(sequence)
-        return Candidate(sequence.acceptance.beside(self._prior.rate), most, rows, keys / rows, unseen)
+        return Candidate(sequence.acceptance.beside(self._prior.rate), most, rows, keys / rows, unseen, early)
 
     def _run_model(self, depths: dict[Sequence, int], scheduler: Scheduler, execute: Execute) -> None:
         """One forward a drafted token, for all sequences that draft as deep together."""

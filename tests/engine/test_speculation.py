@@ -509,6 +509,18 @@ def test_of_several_sequences_those_draft_that_are_worth_it() -> None:
     assert alone[0] > behind[0] == 0, "a drafter that has much to read first is too dear"
 
 
+def test_one_that_ends_early_is_worth_its_own_rows_only() -> None:
+    """Eight sequences, half of whose step is the same for any number of rows: one of them ahead spares that half for nobody."""
+
+    def half_rows(rows: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        return 4.0 + 0.5 * rows
+
+    for early, deep in ((False, 2), (True, 0)):
+        found, saved = best_depths([Candidate(0.8, 2, early=early)], 8, 8, 0.0, half_rows, half_rows, None)
+        assert found == [deep]
+        assert (saved > 0) == (not early)
+
+
 @pytest.mark.parametrize("probe", [0, 1, 3, 7, 40])
 def test_costs_lie_on_the_measured_lines(probe: int) -> None:
     costs = Costs({(0,): {1: 1.0, 3: 0.5, 4: 2.0, 8: 4.0}, (0, 1): {1: 3.0}}, {(0,): 0.01})
@@ -525,6 +537,10 @@ def test_costs_lie_on_the_measured_lines(probe: int) -> None:
     for _ in range(200):
         eager.observe((0,), 4, 0, 5.0, verifies=True)
     assert eager.seconds((0,), 4) == pytest.approx(2.0), "that a verification takes longer says nothing of other steps"
+    for _ in range(200):
+        eager.observe((0,), 4, 0, 10.0, verifies=True)
+    assert eager.seconds((0,), 4, verifies=True) == pytest.approx(10.0, rel=0.01), "dearer than one row's was"
+    assert eager.seconds((0,), 4) == pytest.approx(2.0)
     assert costs.seconds((0, 1), 1) == 3.0
 
 
