@@ -87,7 +87,8 @@ def best_depths(
 
     Token i of a draft is kept with probability aⁱ at acceptance a (Leviathan et al. 2023). So the most promising tokens
     are taken one after the other, over all candidates, and the best of these plans is kept: a step costs its forward over
-    all rows, and one forward of the draft model a depth.
+    all rows, and one forward of the draft model a depth. A token that comes with a draft is worth a sequence's share of a step.
+    But a candidate whose end comes ``early``, with nobody to take its place, spares later steps no more than its own rows.
 
     Parameters
     ----------
@@ -98,6 +99,7 @@ def best_depths(
         Of the step without drafts, of the one that verifies some, and of the draft model's; None: drafts are free.
     stake : float
         Seconds that drafts may add to the step, all of which are lost if none is accepted.
+
     Returns
     -------
     depths : list of int
