@@ -20,6 +20,7 @@ from tests.gpuless.ptxsim.parser import Instruction
 from tests.gpuless.ptxsim.registers import Registers, Selection
 from tests.gpuless.ptxsim.tensor_memory import TensorMemory
 from tests.gpuless.ptxsim.values import Array, PtxError
+from tests.gpuless.ptxsim.warp import by_warps
 
 _MOVE = re.compile(r"tcgen05\.(ld|st)\.sync\.aligned\.(16x32bx2|32x32b)\.x(\d+)\.b32")
 _COMMIT = "tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64"
@@ -68,12 +69,7 @@ class Tcgen05:
         else:
             raise PtxError(f"{ins.name}: not simulated")
 
-        def execute(sel: Selection) -> None:
-            if sel.size != 32 * sel.warps:
-                raise PtxError(f"{ins.name}: {sel.size} threads of {sel.warps} warps execute it, it needs whole warps")
-            action(sel)
-
-        return execute
+        return by_warps(ins.name, action)
 
     def _uniform(self, token: str, name: str) -> Callable[[Selection], Array]:
         """A function that gives an operand [warps] that must be the same in all lanes of a warp."""

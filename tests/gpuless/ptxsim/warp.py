@@ -52,6 +52,17 @@ class Warps:
         return (flags.astype(np.uint32) << _BITS).sum(1, dtype=np.uint32)[self.row]
 
 
+def by_warps(name: str, action: Execute) -> Execute:
+    """``action``, refused where a part of a warp executes it."""
+
+    def execute(sel: Selection) -> None:
+        if sel.size != 32 * sel.warps:
+            raise PtxError(f"{name}: {sel.size} threads of {sel.warps} warps execute it, it needs whole warps")
+        action(sel)
+
+    return execute
+
+
 class WarpInstructions:
     """Decodes warp instructions for one launch; ``warp`` and ``lane`` are numbers of each thread."""
 

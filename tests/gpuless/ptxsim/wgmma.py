@@ -18,6 +18,7 @@ from tests.gpuless.ptxsim.memory import SharedMemory
 from tests.gpuless.ptxsim.parser import Instruction
 from tests.gpuless.ptxsim.registers import Reader, Registers, Selection
 from tests.gpuless.ptxsim.values import Array, PtxError
+from tests.gpuless.ptxsim.warp import by_warps
 
 _MULTIPLY = re.compile(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.(bf16|f16)\.\2")
 #: The last access to a register: a product's to A, an ordinary one, none since the fence; or the columns of an accumulator.
@@ -59,21 +60,12 @@ class Wgmma:
     def decode(self, ins: Instruction) -> Execute:
         """wgmma.mma_async, its fence, commit_group and wait_group."""
         if ins.name == "wgmma.fence.sync.aligned":
-            return self._by_warps(ins.name, self._fence)
+            return by_warps(ins.name, self._fence)
         if ins.name == "wgmma.commit_group.sync.aligned":
-            return self._by_warps(ins.name, self._commit)
+            return by_warps(ins.name, self._commit)
         if ins.name == "wgmma.wait_group.sync.aligned":
-            return self._by_warps(ins.name, functools.partial(self._wait, int(ins.operands[0], 0)))
+            return by_warps(ins.name, functools.partial(self._wait, int(ins.operands[0], 0)))
         return self._multiply(ins)
-
-    @staticmethod
-    def _by_warps(name: str, action: Callable[[Selection], None]) -> Execute:
-        def execute(sel: Selection) -> None:
-            if sel.size != 32 * sel.warps:
-                raise PtxError(f"{name}: {sel.size} threads of {sel.warps} warps execute it, it needs whole warps")
-            action(sel)
-
-        return execute
 
     def _fence(self, sel: Selection) -> None:
         """Orders accesses to registers before later products; what is under way is not an access that is over."""
